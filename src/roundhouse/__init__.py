@@ -1,0 +1,1 @@
+"""Roundhouse: LLM serving on Triton, from one deployment file."""

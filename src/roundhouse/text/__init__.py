@@ -1,0 +1,1 @@
+"""Tokenising, detokenising and stop words."""

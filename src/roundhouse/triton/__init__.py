@@ -1,0 +1,1 @@
+"""What the model.py files call: tensors to requests, pacing, metrics."""
