@@ -1,0 +1,99 @@
+"""What every engine checks before it takes a request. Messages name the field, the value, the limit, the way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from roundhouse.engine.base import RequestError
+from roundhouse.engine.protocol import EngineInfo, ErrorCode, Feature, Request, Sampling
+
+MAX_SEED = 2**64 - 1
+
+
+def check(request: Request, info: EngineInfo) -> None:
+    """Raises RequestError if `request` can never run on the engine that `info` describes."""
+    _check_lengths(request, info)
+    _check_ids("prompt", request.prompt, info)
+    _check_sampling(request.sampling, info)
+    for feature in _needs(request):
+        if feature in info.lacks:
+            raise RequestError(ErrorCode.UNSUPPORTED, f"{feature.value}: {info.lacks[feature]}")
+
+
+def _check_lengths(request: Request, info: EngineInfo) -> None:
+    prompt = len(request.prompt)
+    if not prompt:
+        _refuse("prompt: has 0 tokens; it needs at least 1")
+    if request.max_tokens < 1:
+        _refuse(f"max_tokens: {request.max_tokens} is not allowed; it must be at least 1")
+    if prompt + request.max_tokens > info.max_seq_len:
+        room = info.max_seq_len - prompt
+        way_out = (
+            f"ask for at most {room} tokens" if room > 0 else f"shorten it to {info.max_seq_len - 1} tokens or less"
+        )
+        _refuse(
+            f"prompt + max_tokens: {prompt} + {request.max_tokens} tokens exceed max_seq_len {info.max_seq_len}; "
+            f"{way_out}"
+        )
+    pool = info.max_blocks * info.tokens_per_block
+    if prompt + request.max_tokens > pool:
+        _refuse(
+            f"prompt + max_tokens: {prompt} + {request.max_tokens} tokens exceed the KV cache of {pool} tokens; "
+            "ask for fewer tokens, or enlarge kv_cache.tokens of the deployment"
+        )
+
+
+def _check_ids(field: str, ids: Iterable[int], info: EngineInfo) -> None:
+    for token in ids:
+        if not 0 <= token < info.vocab_size:
+            _refuse(f"{field}: token id {token} is not in the vocabulary; allowed are 0 to {info.vocab_size - 1}")
+
+
+def _check_sampling(sampling: Sampling, info: EngineInfo) -> None:
+    _check_number("temperature", sampling.temperature, sampling.temperature >= 0, "0 (greedy) or more")
+    _check_number("top_k", sampling.top_k, sampling.top_k >= 0, "0 (all tokens) or more")
+    _check_number("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "more than 0 and at most 1")
+    _check_number("repetition_penalty", sampling.repetition_penalty, sampling.repetition_penalty > 0, "more than 0")
+    _check_number("presence_penalty", sampling.presence_penalty, True, "finite")
+    _check_number("frequency_penalty", sampling.frequency_penalty, True, "finite")
+    _check_number("min_tokens", sampling.min_tokens, sampling.min_tokens >= 0, "0 or more")
+    if sampling.seed is not None:
+        _check_number("seed", sampling.seed, 0 <= sampling.seed <= MAX_SEED, f"0 to {MAX_SEED}")
+    for word in sampling.bad_words:
+        if not word:
+            _refuse("bad_words: one of them has 0 tokens; each needs at least 1")
+        _check_ids("bad_words", word, info)
+    _check_ids("logit_bias", sampling.logit_bias, info)
+    for token, bias in sampling.logit_bias.items():
+        _check_number(f"logit_bias of token {token}", bias, True, "finite")
+
+
+def _check_number(field: str, value: float, allowed: bool, rule: str) -> None:
+    if not (math.isfinite(value) and allowed):
+        _refuse(f"{field}: {value} is not allowed; it must be {rule}")
+
+
+def _needs(request: Request) -> Iterable[Feature]:
+    sampling = request.sampling
+    needed = {
+        Feature.TEMPERATURE: sampling.temperature not in (0.0, 1.0),
+        Feature.TOP_K: sampling.top_k > 1,
+        Feature.TOP_P: sampling.top_p < 1,
+        Feature.REPETITION_PENALTY: sampling.repetition_penalty != 1,
+        Feature.PRESENCE_PENALTY: sampling.presence_penalty != 0,
+        Feature.FREQUENCY_PENALTY: sampling.frequency_penalty != 0,
+        Feature.MIN_TOKENS: sampling.min_tokens > 0,
+        Feature.SEED: sampling.seed is not None,
+        Feature.LOG_PROBS: request.log_probs,
+        Feature.BAD_WORDS: bool(sampling.bad_words),
+        Feature.LOGIT_BIAS: bool(sampling.logit_bias),
+        Feature.PRIORITY: request.priority != 0,
+        Feature.CACHE_SALT: bool(request.cache_salt),
+        Feature.GUIDED_DECODING: request.guide is not None,
+    }
+    return (feature for feature, asked in needed.items() if asked)
+
+
+def _refuse(message: str) -> None:
+    raise RequestError(ErrorCode.INVALID_ARGUMENT, message)
