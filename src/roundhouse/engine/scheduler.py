@@ -277,7 +277,7 @@ class Scheduler:
 
     def _output(self, sequence: Sequence, token: int, log_probs: list[float] | None) -> Output:
         request = sequence.request
-        if token in request.end_ids and sequence.generated >= request.sampling.min_tokens:
+        if token in request.end_ids and sequence.generated > request.sampling.min_tokens:
             reason = FinishReason.STOP
         elif sequence.generated >= request.max_tokens:
             reason = FinishReason.LENGTH

@@ -15,6 +15,7 @@ from roundhouse.engine.blocks import BlockManager
 from roundhouse.engine.embedded import model as models
 from roundhouse.engine.embedded.config import EmbeddedConfig
 from roundhouse.engine.embedded.runner import Runner
+from roundhouse.engine.embedded.sampler import Sampler
 from roundhouse.engine.protocol import EngineInfo, Feature, Output, Request, Stats
 from roundhouse.engine.scheduler import Scheduler
 
@@ -60,6 +61,7 @@ class EmbeddedEngine(Engine):
         )
         paged = models.Paged(text, num_blocks, config.tokens_per_block, self.scheduler.tables)
         self._runner = Runner(self._model, paged, config.tokens_per_block)
+        self._sampler = Sampler(config.max_batch_size, max_seq_len, text.vocab_size)
         self._process = psutil.Process()
 
     def submit(self, request: Request) -> None:
@@ -74,7 +76,8 @@ class EmbeddedEngine(Engine):
         batch = self.scheduler.schedule()
         if batch:
             logits = self._runner.run(batch)
-            outputs += self.scheduler.advance(batch, logits.argmax(axis=1).tolist(), None)
+            tokens, log_probs = self._sampler.choose(logits, list(batch.samples()))
+            outputs += self.scheduler.advance(batch, tokens, log_probs)
         return outputs
 
     def unfinished(self) -> int:
