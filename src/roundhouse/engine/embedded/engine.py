@@ -12,9 +12,13 @@ import transformers
 from roundhouse.engine import checks
 from roundhouse.engine.base import Engine, EngineError
 from roundhouse.engine.blocks import BlockManager
+from roundhouse.engine.embedded import fused
 from roundhouse.engine.embedded import model as models
 from roundhouse.engine.embedded.config import EmbeddedConfig
-from roundhouse.engine.embedded.runner import Runner
+from roundhouse.engine.embedded.fused import FusedModel
+from roundhouse.engine.embedded.generic import GenericModel
+from roundhouse.engine.embedded.pool import Pool
+from roundhouse.engine.embedded.runner import Model, Runner
 from roundhouse.engine.embedded.sampler import Sampler
 from roundhouse.engine.protocol import EngineInfo, Feature, Output, Request, Stats
 from roundhouse.engine.scheduler import Scheduler
@@ -35,12 +39,14 @@ class EmbeddedEngine(Engine):
     def __init__(self, config: EmbeddedConfig) -> None:
         threads = config.threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(threads)
-        numba.set_num_threads(min(threads, numba.get_num_threads()))
-        self._model = models.load(config)
-        text = self._model.config.get_text_config()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        model = models.load(config)
+        text = model.config.get_text_config()
         max_seq_len = _max_seq_len(config, text.max_position_embeddings)
-        num_blocks = _num_blocks(config, max_seq_len, text)
-        self.scheduler = Scheduler(
+        half = config.kv_dtype == "bfloat16" or (config.kv_dtype == "auto" and model.dtype == torch.bfloat16)
+        shape = models.shape(model)
+        num_blocks = _num_blocks(config, max_seq_len, shape.block_bytes(config.tokens_per_block, half=half))
+        self._scheduler = Scheduler(
             BlockManager(num_blocks, config.tokens_per_block, reuse=config.reuse),
             max_batch_size=config.max_batch_size,
             max_num_tokens=config.max_num_tokens,
@@ -59,35 +65,41 @@ class EmbeddedEngine(Engine):
             max_blocks=num_blocks,
             lacks=LACKS,
         )
-        paged = models.Paged(text, num_blocks, config.tokens_per_block, self.scheduler.tables)
-        self._runner = Runner(self._model, paged, config.tokens_per_block)
+        pool = Pool(shape, num_blocks, config.tokens_per_block, self._scheduler.tables, half=half)
+        with torch.inference_mode():
+            runnable: Model = (
+                FusedModel(model, pool, config.max_num_tokens, max_seq_len)
+                if config.fused and fused.fits(model.config)
+                else GenericModel(model, pool)
+            )
+        self._runner = Runner(runnable, pool)
         self._sampler = Sampler(config.max_batch_size, max_seq_len, text.vocab_size)
         self._process = psutil.Process()
 
     def submit(self, request: Request) -> None:
         checks.check(request, self.info)
-        self.scheduler.add(request)
+        self._scheduler.add(request)
 
     def cancel(self, request_id: int) -> None:
-        self.scheduler.cancel(request_id)
+        self._scheduler.cancel(request_id)
 
     def step(self) -> list[Output]:
-        outputs = self.scheduler.sweep()
-        batch = self.scheduler.schedule()
+        outputs = self._scheduler.sweep()
+        batch = self._scheduler.schedule()
         if batch:
             logits = self._runner.run(batch)
             tokens, log_probs = self._sampler.choose(logits, list(batch.samples()))
-            outputs += self.scheduler.advance(batch, tokens, log_probs)
+            outputs += self._scheduler.advance(batch, tokens, log_probs)
         return outputs
 
     def unfinished(self) -> int:
-        return self.scheduler.unfinished()
+        return self._scheduler.unfinished()
 
     def stats(self) -> Stats:
-        return self.scheduler.stats(memory_cpu_bytes=self._process.memory_info().rss)
+        return self._scheduler.stats(memory_cpu_bytes=self._process.memory_info().rss)
 
     def close(self) -> None:
-        del self._model, self._runner
+        del self._runner
 
 
 def _max_seq_len(config: EmbeddedConfig, own: int) -> int:
@@ -98,14 +110,10 @@ def _max_seq_len(config: EmbeddedConfig, own: int) -> int:
     return config.max_seq_len
 
 
-def _num_blocks(config: EmbeddedConfig, max_seq_len: int, text: transformers.PretrainedConfig) -> int:
+def _num_blocks(config: EmbeddedConfig, max_seq_len: int, block_bytes: int) -> int:
     size = config.tokens_per_block
     if config.kv_tokens is not None:
         return max(config.kv_tokens // size, 1)
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    block_bytes: int = text.num_hidden_layers * kv_heads * head_dim * size * 2 * 4
     wanted = config.max_batch_size * -(-max_seq_len // size)
     affordable: int = psutil.virtual_memory().total // 4 // block_bytes
     return max(min(wanted, affordable), 1)

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from roundhouse.engine.embedded.attention import Array
-from roundhouse.engine.embedded.model import Paged
+from roundhouse.engine.embedded.kernels import Array
+from roundhouse.engine.embedded.pool import Pool
 from roundhouse.engine.scheduler import Batch
 
 TILE = 16  # query tokens of one work item: enough to spread a prompt over the cores
 
 
+class Model(Protocol):
+    def forward(self, tokens: Array, positions: Array, last: Array) -> Array: ...
+
+
 class Runner:
-    def __init__(self, model: Any, paged: Paged, block_size: int) -> None:
-        self.model = model
-        self.paged = paged
-        self.block_size = block_size
+    def __init__(self, model: Model, pool: Pool) -> None:
+        self._model = model
+        self._pool = pool
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Array:
         """Logits, float32 [samples, vocab], of the last token of each of `batch.samples()`. Fills the KV pool."""
         tokens, positions, slots, items, last = _layout(batch)
-        blocks = self.paged.tables[slots, positions // self.block_size].astype(np.int64)
-        self.paged.set_step(items, positions, blocks * self.block_size + positions % self.block_size)
-        output = self.model(
-            input_ids=torch.from_numpy(tokens)[None],
-            position_ids=torch.from_numpy(positions)[None],
-            use_cache=False,
-            logits_to_keep=torch.from_numpy(last),
-            paged=self.paged,
-        )
-        logits: Array = output.logits[0].float().numpy()
-        return logits
+        self._pool.begin(items, positions, slots)
+        return self._model.forward(tokens, positions, last)
 
 
 def _layout(batch: Batch) -> tuple[Array, Array, Array, Array, Array]:
@@ -52,11 +46,6 @@ def _layout(batch: Batch) -> tuple[Array, Array, Array, Array, Array]:
         items += [(sequence.slot, row + tile, min(TILE, count - tile)) for tile in range(0, count, TILE)]
         if end == len(sequence.tokens):
             last.append(len(tokens) - 1)
-    as_array = np.array
-    return (
-        as_array(tokens, dtype=np.int64),
-        as_array(positions, dtype=np.int64),
-        as_array(slots, dtype=np.int64),
-        as_array(items, dtype=np.int64),
-        as_array(last, dtype=np.int64),
-    )
+    parts = (tokens, positions, slots, items, last)
+    ids, places, rows, runs, ends = (np.array(part, dtype=np.int64) for part in parts)
+    return ids, places, rows, runs, ends

@@ -19,7 +19,7 @@ import numba
 import numpy as np
 from numba import prange
 
-from roundhouse.engine.embedded.attention import JIT, Array, exp_negative, f32, i32
+from roundhouse.engine.embedded.kernels import JIT, Array, exp_negative, f32, i32
 from roundhouse.engine.protocol import Sampling
 from roundhouse.engine.scheduler import Sequence
 
@@ -217,7 +217,7 @@ def _border(row: Any, weights: Any, wanted: Any, lowest: Any) -> Any:
 @numba.njit(**JIT)  # type: ignore[untyped-decorator]
 def _probabilities(row: Any, border: Any, out: Any) -> Any:
     """exp(row) where row >= border, 0 elsewhere, into `out`; returns the sum of `out` in float64."""
-    mass = 0.0
+    mass: Any = 0.0
     for start in range(0, row.shape[0], _CHUNK):
         part = f32(0)
         for i in range(start, min(start + _CHUNK, row.shape[0])):
@@ -239,7 +239,7 @@ def _draw(row: Any, setting: Any) -> Any:
         border = _border(row, weights, f32(setting["top_p"] * mass), border)
         mass = _probabilities(row, border, weights)
     target = _uniform(setting["seed"], setting["drawn"]) * mass
-    reached = 0.0
+    reached: Any = 0.0
     chosen = -1
     for token in range(row.shape[0]):
         if weights[token] > 0:

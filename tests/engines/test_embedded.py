@@ -1,0 +1,153 @@
+"""The embedded engine against transformers' own generate: the same model must give the same answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from roundhouse.engine.base import EngineError
+from roundhouse.engine.embedded.engine import EmbeddedConfig, EmbeddedEngine
+from tests.engines.conftest import build_model, prompt, request, run, run_one
+
+ARCHITECTURES = {
+    "llama": {},
+    "llama-mha-tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "llama-rope-scaled": {
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        }
+    },
+}  # fmt: skip
+OTHERS = {
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "mistral": transformers.MistralConfig,
+    "gemma2": transformers.Gemma2Config,
+    "phi3": transformers.Phi3Config,
+}
+
+
+@pytest.fixture(scope="module", params=[*ARCHITECTURES, *OTHERS])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param in ARCHITECTURES:
+        return build_model(folder, **ARCHITECTURES[request.param])
+    return build_other(folder, OTHERS[request.param])
+
+
+def build_other(folder: Path, kind: type[transformers.PretrainedConfig]) -> Path:
+    torch.manual_seed(1)
+    settings = {
+        "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
+        "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sliding_window": 24,
+    }  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(kind(**settings)).save_pretrained(folder)
+    return folder
+
+
+def reference(model: Path, tokens: tuple[int, ...], count: int) -> tuple[list[int], np.ndarray]:
+    """Greedy tokens of transformers' generate, and the raw logits that each was chosen from."""
+    transformers.utils.logging.disable_progress_bar()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    result = plain.generate(
+        torch.tensor([tokens]),
+        attention_mask=torch.ones(1, len(tokens), dtype=torch.long),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return result.sequences[0, len(tokens) :].tolist(), torch.cat(result.logits).double().log_softmax(-1).numpy()
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "generic"])
+def test_greedy_answers_and_log_probs_are_those_of_generate(model: Path, fused: bool) -> None:
+    engine = EmbeddedEngine(EmbeddedConfig(model=model, max_batch_size=4, max_num_tokens=50, fused=fused))
+    requests = [
+        request(i, prompt=prompt(i, length), max_tokens=40, log_probs=True) for i, length in enumerate((1, 31, 90))
+    ]
+    answers = run(engine, *requests)
+    for each in requests:
+        tokens, log_probs = reference(model, each.prompt, 40)
+        top2 = np.sort(log_probs, axis=1)[:, -2:]
+        margins = top2[:, 1] - top2[:, 0]
+        same = next((i for i in range(40) if answers[each.id].tokens[i] != tokens[i]), 40)
+        assert same == 40 or margins[same] < 1e-3, f"differs at {same} with margin {margins[same]}"
+        assert np.allclose(answers[each.id].log_probs[:same], log_probs[np.arange(same), tokens[:same]], atol=2e-3)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "generic"])
+@pytest.mark.parametrize("max_num_tokens", [8, 33, 1000])
+def test_chunked_prefill_changes_nothing(random_model: Path, max_num_tokens: int, fused: bool) -> None:
+    settings = {"model": random_model, "max_batch_size": 8, "fused": fused}
+    requests = [request(i, prompt=prompt(i, 150), max_tokens=30, log_probs=True) for i in range(6)]
+    whole = EmbeddedEngine(EmbeddedConfig(**settings))
+    chunked = EmbeddedEngine(EmbeddedConfig(**settings, max_num_tokens=max_num_tokens))
+    expected, answers = run(whole, *requests), run(chunked, *requests)
+    for i in expected:
+        assert answers[i].tokens == expected[i].tokens
+        assert np.allclose(answers[i].log_probs, expected[i].log_probs, atol=1e-4)
+
+
+def test_without_chunked_prefill(random_model: Path) -> None:
+    from roundhouse.engine.base import RequestError
+
+    engine = EmbeddedEngine(
+        EmbeddedConfig(model=random_model, max_batch_size=4, max_num_tokens=100, chunked_prefill=False)
+    )
+    with pytest.raises(RequestError, match="prompt: 101 tokens exceed max_num_tokens 100"):
+        engine.submit(request(1, prompt=prompt(1, 101)))
+    answers = run(engine, *(request(i, prompt=prompt(i, 60)) for i in range(6)))
+    assert all(len(answer.tokens) == 8 for answer in answers.values())
+
+
+def test_bit_for_bit_the_same_in_any_batch(random_model: Path) -> None:
+    """Log probabilities show what equal tokens would hide: not one bit depends on the batch, chunks or reuse."""
+    settings = {"model": random_model, "max_batch_size": 16}
+    requests = [request(i, prompt=prompt(i, 3 + 11 * i), max_tokens=25, log_probs=True) for i in range(16)]
+    alone = EmbeddedEngine(EmbeddedConfig(**settings, reuse=False))
+    expected = {each.id: run_one(alone, each).log_probs for each in requests}
+    for changes in ({}, {"max_num_tokens": 16}, {"max_num_tokens": 100, "max_batch_size": 5}, {"threads": 1}):
+        engine = EmbeddedEngine(EmbeddedConfig(**{**settings, **changes}))
+        for _ in range(2):  # the second time with reused blocks
+            assert {i: answer.log_probs for i, answer in run(engine, *requests).items()} == expected
+
+
+def test_bfloat16_weights_and_pool(random_model: Path) -> None:
+    exact = run_one(EmbeddedEngine(EmbeddedConfig(model=random_model)), request(1, log_probs=True))
+    for settings in ({"kv_dtype": "bfloat16"}, {"dtype": "bfloat16"}):
+        engine = EmbeddedEngine(EmbeddedConfig(model=random_model, **settings))
+        answer = run_one(engine, request(1, log_probs=True))
+        assert answer.log_probs[0] == pytest.approx(exact.log_probs[0], abs=0.5)
+        assert answer.log_probs != exact.log_probs
+
+
+def test_no_model_there(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"model\.path: .* has no config\.json"):
+        EmbeddedEngine(EmbeddedConfig(model=tmp_path))
+
+
+def test_no_weights_there(tmp_path: Path, random_model: Path) -> None:
+    (tmp_path / "config.json").write_text((random_model / "config.json").read_text())
+    with pytest.raises(EngineError, match=r"model\.path: .* cannot be loaded"):
+        EmbeddedEngine(EmbeddedConfig(model=tmp_path))
+
+
+def test_max_seq_len_beyond_the_model(random_model: Path) -> None:
+    with pytest.raises(EngineError, match=r"limits\.max_seq_len: 513 exceeds the model's 512"):
+        EmbeddedEngine(EmbeddedConfig(model=random_model, max_seq_len=513))
+
+
+def test_a_model_with_other_layers_is_refused(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(EngineError, match=r"model\.path: .*mamba"):
+        EmbeddedEngine(EmbeddedConfig(model=tmp_path))
