@@ -36,6 +36,61 @@ def store(k, v, keys, values, places):  # type: ignore[no-untyped-def]
                 values[block, h, offset, d] = narrow(v[t, h, d], values[0, 0, 0, 0])
 
 
+# `shape` is (head_dim, block_size): constants of the kernel that these two become a part of
+
+
+@numba.njit(forceinline=True, **JIT)  # type: ignore[untyped-decorator]
+def _weigh(q: Any, kb: Any, begin: Any, valid: Any, scale: Any, cap: Any, scores: Any, shape: Any) -> Any:
+    """The scores of one query with the keys of one block [head_dim, block_size]; returns the highest."""
+    head_dim, block_size = shape
+    for j in range(block_size):
+        scores[j] = f32(0)
+    for d in range(0, head_dim, 4):
+        q0, q1, q2, q3 = q[d] * scale, q[d + 1] * scale, q[d + 2] * scale, q[d + 3] * scale
+        for j in range(block_size):
+            scores[j] += (
+                q0 * widen(kb[d, j]) + q1 * widen(kb[d + 1, j]) + q2 * widen(kb[d + 2, j]) + q3 * widen(kb[d + 3, j])
+            )
+    if cap > 0:
+        for j in range(block_size):
+            scores[j] = cap * np.tanh(scores[j] / cap)
+    for j in range(valid, block_size):
+        scores[j] = LOWEST
+    for j in range(begin):
+        scores[j] = LOWEST
+    highest = LOWEST
+    for j in range(block_size):
+        highest = max(highest, scores[j])
+    return highest
+
+
+@numba.njit(forceinline=True, **JIT)  # type: ignore[untyped-decorator]
+def _gather(vb: Any, begin: Any, valid: Any, highest: Any, scores: Any, acc: Any, shape: Any) -> Any:
+    """Add one block's values [block_size, head_dim] to `acc`, by the softmax of `scores`; returns their sum."""
+    head_dim, block_size = shape
+    for j in range(block_size):
+        scores[j] = exp_negative(scores[j] - highest)
+    for j in range(valid, block_size):
+        scores[j] = f32(0)
+    for j in range(begin):
+        scores[j] = f32(0)
+    added = f32(0)
+    for j in range(block_size):
+        added += scores[j]
+    last4 = valid // 4 * 4
+    for j in range(0, last4, 4):
+        p0, p1, p2, p3 = scores[j], scores[j + 1], scores[j + 2], scores[j + 3]
+        for d in range(head_dim):
+            acc[d] += (
+                p0 * widen(vb[j, d]) + p1 * widen(vb[j + 1, d]) + p2 * widen(vb[j + 2, d]) + p3 * widen(vb[j + 3, d])
+            )
+    for j in range(last4, valid):
+        p0 = scores[j]
+        for d in range(head_dim):
+            acc[d] += p0 * widen(vb[j, d])
+    return added
+
+
 @functools.cache
 def paged_attention(head_dim: int, block_size: int, group: int) -> Any:
     """The kernel for one shape: head_dim and block_size multiples of 4, `group` query heads share one KV head.
@@ -50,64 +105,11 @@ def paged_attention(head_dim: int, block_size: int, group: int) -> Any:
         out: [tokens, kv_heads * group, head_dim], the result; float32, or bfloat16 as uint16.
     """
 
-    @numba.njit(**JIT)  # type: ignore[untyped-decorator]
-    def weigh(q: Any, kb: Any, begin: Any, valid: Any, scale: Any, cap: Any, scores: Any) -> Any:
-        """The scores of one query with the keys of one block [head_dim, block_size]; returns the highest."""
-        for j in range(block_size):
-            scores[j] = f32(0)
-        for d in range(0, head_dim, 4):
-            q0, q1, q2, q3 = q[d] * scale, q[d + 1] * scale, q[d + 2] * scale, q[d + 3] * scale
-            for j in range(block_size):
-                scores[j] += (
-                    q0 * widen(kb[d, j])
-                    + q1 * widen(kb[d + 1, j])
-                    + q2 * widen(kb[d + 2, j])
-                    + q3 * widen(kb[d + 3, j])
-                )
-        if cap > 0:
-            for j in range(block_size):
-                scores[j] = cap * np.tanh(scores[j] / cap)
-        for j in range(valid, block_size):
-            scores[j] = LOWEST
-        for j in range(begin):
-            scores[j] = LOWEST
-        highest = LOWEST
-        for j in range(block_size):
-            highest = max(highest, scores[j])
-        return highest
-
-    @numba.njit(**JIT)  # type: ignore[untyped-decorator]
-    def gather(vb: Any, begin: Any, valid: Any, highest: Any, scores: Any, acc: Any) -> Any:
-        """Add one block's values [block_size, head_dim] to `acc`, by the softmax of `scores`; returns their sum."""
-        for j in range(block_size):
-            scores[j] = exp_negative(scores[j] - highest)
-        for j in range(valid, block_size):
-            scores[j] = f32(0)
-        for j in range(begin):
-            scores[j] = f32(0)
-        added = f32(0)
-        for j in range(block_size):
-            added += scores[j]
-        last4 = valid // 4 * 4
-        for j in range(0, last4, 4):
-            p0, p1, p2, p3 = scores[j], scores[j + 1], scores[j + 2], scores[j + 3]
-            for d in range(head_dim):
-                acc[d] += (
-                    p0 * widen(vb[j, d])
-                    + p1 * widen(vb[j + 1, d])
-                    + p2 * widen(vb[j + 2, d])
-                    + p3 * widen(vb[j + 3, d])
-                )
-        for j in range(last4, valid):
-            p0 = scores[j]
-            for d in range(head_dim):
-                acc[d] += p0 * widen(vb[j, d])
-        return added
-
     @numba.njit(parallel=True, **JIT)
     def kernel(  # type: ignore[no-untyped-def]
         q, keys, values, tables, items, positions, scale, window, cap, out
     ):
+        shape = (head_dim, block_size)
         n_items = items.shape[0]
         heads = keys.shape[1]
         # a block's heads lie next to each other: one unit of work takes them all, if there are units enough
@@ -131,11 +133,12 @@ def paged_attention(head_dim: int, block_size: int, group: int) -> Any:
                     if valid <= begin:
                         continue
                     row = q[t, h * group + i % group]
-                    highest = max(weigh(row, keys[block, h], begin, valid, scale, cap, scores), top[i])
+                    highest = max(_weigh(row, keys[block, h], begin, valid, scale, cap, scores, shape), top[i])
                     fade = np.exp(top[i] - highest)
                     for d in range(head_dim):
                         acc[i, d] *= fade
-                    total[i] = total[i] * fade + gather(values[block, h], begin, valid, highest, scores, acc[i])
+                    added = _gather(values[block, h], begin, valid, highest, scores, acc[i], shape)
+                    total[i] = total[i] * fade + added
                     top[i] = highest
             for i in range(heads_a_unit * rows):
                 inverse = f32(1) / total[i]

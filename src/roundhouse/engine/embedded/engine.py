@@ -33,6 +33,7 @@ LACKS = {
     Feature.RETENTION: "the embedded engine keeps cached blocks by recency only",
     Feature.LOOKAHEAD: "the embedded engine has no lookahead decoding",
 }
+WARM_UP_TOKENS = 64  # enough for the kernels of large steps, with hidden sizes from 256 up
 
 
 class EmbeddedEngine(Engine):
@@ -75,6 +76,8 @@ class EmbeddedEngine(Engine):
         self._runner = Runner(runnable, pool)
         self._sampler = Sampler(config.max_batch_size, max_seq_len, text.vocab_size)
         self._process = psutil.Process()
+        self._runner.warm_up(min(config.max_num_tokens, WARM_UP_TOKENS))
+        self._sampler.warm_up()
 
     def submit(self, request: Request) -> None:
         checks.check(request, self.info)

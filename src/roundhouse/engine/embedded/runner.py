@@ -30,6 +30,18 @@ class Runner:
         self._pool.begin(items, positions, slots)
         return self._model.forward(tokens, positions, last)
 
+    @torch.inference_mode()
+    def warm_up(self, max_tokens: int) -> None:
+        """Compile the kernels, or load them from numba's cache, before the first request pays for it.
+
+        Computes tokens 0 at position 0 in block 0; whoever gets that block writes over it before reading.
+        """
+        for count in (1, max_tokens):
+            zeros = np.zeros(count, dtype=np.int64)
+            items = np.array([(0, row, 1) for row in range(count)], dtype=np.int64)
+            self._pool.begin(items, zeros, zeros)
+            self._model.forward(zeros, zeros, zeros[:1])
+
 
 def _layout(batch: Batch) -> tuple[Array, Array, Array, Array, Array]:
     """Of all tokens of the step: ids, positions, slots [tokens]; attention items [n, 3]; rows to sample from."""

@@ -20,7 +20,7 @@ import numpy as np
 from numba import prange
 
 from roundhouse.engine.embedded.kernels import JIT, Array, exp_negative, f32, i32
-from roundhouse.engine.protocol import Sampling
+from roundhouse.engine.protocol import Request, Sampling
 from roundhouse.engine.scheduler import Sequence
 
 SETTINGS = np.dtype(
@@ -81,6 +81,11 @@ class Sampler:
         self._settings["drawn"][slots] += 1
         self._remember(slots, tokens)
         return tokens.tolist(), log_probs.tolist() if settings["log_probs"].any() else None
+
+    def warm_up(self) -> None:
+        """Compile the kernel, or load it from numba's cache, before the first request pays for it."""
+        request = Request(0, (0,), 1, log_probs=True)
+        self.choose(np.zeros((1, self._vocab_size), dtype=np.float32), [Sequence(request, [0], slot=0)])
 
     def _start(self, sequence: Sequence) -> None:
         sampling, request = sequence.request.sampling, sequence.request
