@@ -84,8 +84,9 @@ def llama2() -> RustTokenizer:
 
 
 def gemma() -> RustTokenizer:
-    """Gemma: as Llama 2, but the leading space stays."""
+    """Gemma: as Llama 2, but no space is put before the text, and none is taken away."""
     tokenizer = _with_byte_tokens(_unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 

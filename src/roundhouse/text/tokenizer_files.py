@@ -15,6 +15,10 @@ from typing import Any
 from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as RustTokenizer
 
+# The tokenizer classes that put BOS and EOS around a prompt by the flags of tokenizer_config.json, whatever
+# tokenizer.json says; DeepSeek's models rely on it. Others ignore the flags. (transformers 5 ignores them for all.)
+_CLASSES_WITH_BOS_FLAGS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
+
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -22,8 +26,8 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 class TokenizerSettings:
     """The tokenizer's settings that stand beside `tokenizer.json`.
 
-    `named_tokens`: `bos_token` and so on -> the token's text. `add_bos_token` / `add_eos_token`: None when
-    `tokenizer_config.json` is silent. `end_ids`: the model's own end ids, without the tokenizer's EOS.
+    `named_tokens`: `bos_token` and so on -> the token's text. `add_bos_token` / `add_eos_token`: None when it is for
+    `tokenizer.json` to say. `end_ids`: the model's own end ids, without the tokenizer's EOS.
     `chat_templates`: name -> Jinja source; the usual one is called `default`.
     """
 
@@ -43,6 +47,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
         ValueError: a file is not a JSON object; the message names it.
     """
     config = _read_json(folder / "tokenizer_config.json")
+    flags_count = str(config.get("tokenizer_class")).removesuffix("Fast") in _CLASSES_WITH_BOS_FLAGS
     # The older file only fills in what tokenizer_config.json does not say.
     tokens = _read_json(folder / "special_tokens_map.json") | {k: v for k, v in config.items() if v is not None}
     return TokenizerSettings(
@@ -53,8 +58,8 @@ def read_settings(folder: Path) -> TokenizerSettings:
             for token in _values(tokens.get(key))
         ),
         added_tokens=tuple(_added_token(spec) for _, spec in _in_id_order(config.get("added_tokens_decoder"))),
-        add_bos_token=config.get("add_bos_token"),
-        add_eos_token=config.get("add_eos_token"),
+        add_bos_token=config.get("add_bos_token") if flags_count else None,
+        add_eos_token=config.get("add_eos_token") if flags_count else None,
         end_ids=_end_ids(folder),
         chat_templates=_chat_templates(folder, config.get("chat_template")),
     )
