@@ -16,6 +16,10 @@ FAMILIES = [*INCREMENTAL, *WHOLE_ANSWER]
 BYTE_FALLBACK = ["metaspace_byte_fallback", "llama2", "gemma"]
 
 
+# A surrogate (Python sees a byte later than Rust that it is wrong), overlong forms, a cut character, a real U+FFFD.
+TROUBLE = [b"\xed\xa0", b"\xed\xa0\x80", b"\xc0\x80", b"\xe0\x80", b"\xf4\x90", b"\xf0\x9f\x98", b"\xef\xbf\xbd"]
+
+
 def stream(detokenizer: Detokenizer, chunks: Sequence[Sequence[int]]) -> list[str]:
     """Texts of the chunks; the last of `chunks` is the final one."""
     window: list[int] = []
@@ -43,7 +47,7 @@ def id_lists(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
         st.sampled_from(encoded_texts(tokenizer)),
     ]
     if byte_ids:
-        runs = st.one_of(st.binary(max_size=8), st.text(max_size=4).map(str.encode))
+        runs = st.one_of(st.binary(max_size=8), st.text(max_size=4).map(str.encode), st.sampled_from(TROUBLE))
         segments.append(runs.map(lambda run: [backend.token_to_id(BYTE_TOKENS[byte]) for byte in run]))
     return st.lists(st.one_of(segments), max_size=6).map(lambda parts: [i for part in parts for i in part])
 
@@ -89,7 +93,7 @@ def test_next_window_is_the_window_of_the_joined_ids(family: str, data: st.DataO
 
 
 @settings(deadline=None, max_examples=600)
-@given(data=st.binary(max_size=24))
+@given(data=st.lists(st.one_of(st.binary(max_size=8), st.sampled_from(TROUBLE)), max_size=6).map(b"".join))
 def test_python_and_rust_replace_the_same_invalid_utf8(data: bytes) -> None:
     tokenizer = tokenizer_of("byte_level")
     detokenizer = Detokenizer(tokenizer)
@@ -158,6 +162,20 @@ def test_windows_are_short(family: str, data: st.DataObject) -> None:
             break
         run += 1
     assert len(Detokenizer(tokenizer).window(ids)) <= 4 + run
+
+
+@pytest.mark.parametrize("family", BYTE_FALLBACK)
+@pytest.mark.parametrize(
+    "run", [b"\xed\xa0\0a", b"\xed\xa0\x80", b"a\xf0\x9f\x98a", b"\x80a", b"\xe2\x82a", b"a\xf5", b"\xc0\x80"]
+)
+def test_kinds_of_broken_runs(family: str, run: bytes) -> None:
+    tokenizer = tokenizer_of(family)
+    detokenizer = Detokenizer(tokenizer)
+    ids = [tokenizer.backend.token_to_id(BYTE_TOKENS[byte]) for byte in run * 2]
+    assert "".join(stream(detokenizer, [*([i] for i in ids), []])) == tokenizer.decode(ids) == "\ufffd" * len(ids)
+    for count in range(len(ids)):
+        window = detokenizer.window(ids[:count])
+        assert detokenizer.next_window(window, ids[count:]) == detokenizer.window(ids)
 
 
 @pytest.mark.parametrize("family", BYTE_FALLBACK)

@@ -1,5 +1,7 @@
 """Word lists as tensors, and where stop words end an answer."""
 
+from itertools import takewhile
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,18 +24,21 @@ def ids_of(tokenizer: Tokenizer, *texts: str) -> list[list[int]]:
 def first_stop(detokenizer: Detokenizer, words: list[list[int]], ids: list[int], min_tokens: int) -> int | None:
     """The definition, on the texts of whole prefixes: index of the token that ends the answer."""
     texts = [text for word in words if (text := detokenizer.text(word)) and "\ufffd" not in text]
-    before = ""
+    earlier: list[str] = []
     for index in range(len(ids)):
         answer = ids[: index + 1]
         now = detokenizer.text(answer)
-        old = 0
-        while old < min(len(before), len(now)) and before[old] == now[old]:
-            old += 1
-        ends = any(text in now[max(0, old - len(text) + 1) :] for text in texts)
-        if index + 1 >= min_tokens and (ends or any(answer[-len(word) :] == word for word in words)):
+        seen = max((len(common_prefix(before, now)) for before in earlier), default=0)
+        new_text = any(text in now[max(0, seen - len(text) + 1) :] for text in texts)
+        if index + 1 >= min_tokens and (new_text or any(answer[-len(word) :] == word for word in words)):
             return index
-        before = now
+        earlier.append(now)
     return None
+
+
+def common_prefix(left: str, right: str) -> str:
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False))
+    return "".join(a for a, _ in pairs)
 
 
 def feed(matcher: StopMatcher, chunks: list[list[int]]) -> int | None:
@@ -90,6 +95,22 @@ def test_a_character_of_byte_tokens_ends_the_answer_at_its_last_byte(family: str
     run = [tokenizer.backend.token_to_id(BYTE_TOKENS[byte]) for byte in "é🦖".encode()]
     matcher = StopMatcher(ids_of(tokenizer, "🦖"), Detokenizer(tokenizer))
     assert matcher.find([*run, *run]) == len(run) - 1
+
+
+@pytest.mark.parametrize("family", ["llama2", "gemma", "metaspace_byte_fallback"])
+@pytest.mark.parametrize("min_tokens", [0, 275])
+def test_a_long_run_of_byte_tokens_is_searched_in_bounded_pieces(family: str, min_tokens: int) -> None:
+    tokenizer = tokenizer_of(family)
+    detokenizer = Detokenizer(tokenizer)
+    text = "ab" + " é🦖d" * 30 + "xyz" + "d " * 20
+    run = [tokenizer.backend.token_to_id(BYTE_TOKENS[byte]) for byte in text.encode()]
+    words = [
+        [tokenizer.backend.token_to_id(BYTE_TOKENS[byte]) for byte in b"d" + word] for word in (b"xyz", b"a", b"bd")
+    ]
+    words.append(tokenizer.encode("dxyz", False))
+    matcher = StopMatcher(words, detokenizer, min_tokens)
+    assert feed(matcher, [[i] for i in run]) == first_stop(detokenizer, words, run, min_tokens)
+    assert len(matcher._window) < 200
 
 
 def test_a_special_token_ends_the_answer_by_its_id() -> None:

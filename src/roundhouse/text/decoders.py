@@ -169,14 +169,13 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 class PieceDecoder:
-    """Tokens that are pieces of text, maybe with a rule for the first and with byte tokens (SentencePiece,
-    WordPiece).
+    """SentencePiece and WordPiece: tokens that are pieces of text, perhaps with byte tokens, or a rule for the first.
 
     The state of an answer is whether the rule for its first token is used up, and the run of byte tokens at its end.
     So the window is `[anchor]` or `[]`, followed by that run; `anchor` is one fixed ordinary id. A run must be held
     back while it is valid UTF-8, since one wrong byte would turn all of it into U+FFFD, and the window grows with it.
-    As soon as the run is broken all its bytes are settled, and its first broken sequence (at most 4 ids) stands for
-    it. Cost of a chunk inside a valid run of n byte tokens: copying n ids.
+    As soon as the run is broken all its bytes are settled, and 4 ids from where it broke stand for it. Cost of a chunk
+    inside a valid run of n byte tokens: copying n ids.
     """
 
     incremental = True
@@ -254,11 +253,11 @@ class PieceDecoder:
         return True
 
     def _first_broken(self, run: list[int]) -> list[int]:
-        """The shortest part of a broken run that is broken whatever follows (plus the id after a lone wrong byte)."""
+        """The first 4 ids from where a broken run breaks: enough to be broken by themselves, whatever follows."""
         try:
             utf_8_decode(self._values(run), "strict", False)
         except UnicodeDecodeError as error:
-            return run[error.start : error.end + 1]
+            return run[error.start : error.start + 4]
         return run
 
     def _values(self, run: Sequence[int]) -> bytes:

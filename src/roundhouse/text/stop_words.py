@@ -130,7 +130,7 @@ class StopMatcher:
         self._ids: list[int] = []  # the last ids
         self._window: list[int] = []  # the detokenizer's
         self._settled = ""  # the end of the settled text
-        self._unsettled = ""  # the text behind it, if the answer ended here
+        self._unsettled = ""  # the text behind it, if the answer had ended where it last had a whole character
 
     def find(self, new: Sequence[int]) -> int | None:
         """Index within `new` of the token that ends the answer (`new[: index + 1]` belongs to it), or None."""
@@ -158,11 +158,26 @@ class StopMatcher:
         behind = self._detokenizer.chunk_text(self._window, new, final=True)
         self._window = self._detokenizer.next_window(self._window, new)
         text = self._settled + behind
-        # What was there before this token was looked at then: a word that this token completes ends behind it.
+        # What was there after an earlier token was looked at then: a word that this token completes ends behind it.
         seen = len(self._settled) + _common_prefix(self._unsettled, behind)
-        self._unsettled = behind[len(added) :]
+        unsettled = behind[len(added) :]
+        if added or not unsettled.endswith(_REPLACEMENT):
+            self._unsettled = unsettled
         self._settled = (self._settled + added)[-self._longest_text :]
+        if self._detokenizer.incremental and len(self._window) > 8 * self._longest_text + 64:
+            self._shorten_window()
         return any(text.find(word, max(0, seen - len(word) + 1)) >= 0 for word in self._texts)
+
+    def _shorten_window(self) -> None:
+        """Forget the start of a long run of byte tokens: no word reaches back there, and each look decodes the run."""
+        shortest = 4 * (self._longest_text + 1)  # a character has at most 4 bytes
+        for size in range(shortest, shortest + 4):
+            run = self._window[-size:]
+            if self._detokenizer.window(run) == run:  # it begins with a character, not inside one
+                text = self._detokenizer.text(run)
+                if not text.endswith(_REPLACEMENT):
+                    self._window, self._settled, self._unsettled = run, "", text
+                return
 
 
 def _common_prefix(left: str, right: str) -> int:
