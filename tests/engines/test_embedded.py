@@ -29,7 +29,12 @@ OTHERS = {
     "mistral": transformers.MistralConfig,
     "gemma2": transformers.Gemma2Config,
     "phi3": transformers.Phi3Config,
+    "gemma3": transformers.Gemma3TextConfig,
+    "phi": transformers.PhiConfig,
+    "granite": transformers.GraniteConfig,
+    "olmo2": transformers.Olmo2Config,
 }
+WINDOWED = {"mistral", "gemma2", "gemma3_text", "phi3"}
 
 
 @pytest.fixture(scope="module", params=[*ARCHITECTURES, *OTHERS])
@@ -45,8 +50,10 @@ def build_other(folder: Path, kind: type[transformers.PretrainedConfig]) -> Path
     settings = {
         "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
-        "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sliding_window": 24,
+        "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     }  # fmt: skip
+    if kind.model_type in WINDOWED:
+        settings["sliding_window"] = 24
     transformers.AutoModelForCausalLM.from_config(kind(**settings)).save_pretrained(folder)
     return folder
 
@@ -146,8 +153,30 @@ def test_max_seq_len_beyond_the_model(random_model: Path) -> None:
         EmbeddedEngine(EmbeddedConfig(model=random_model, max_seq_len=513))
 
 
-def test_a_model_with_other_layers_is_refused(tmp_path: Path) -> None:
-    config = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)
+SMALL = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+REFUSED = {
+    "no attention": (transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1), "mamba"),
+    "linear attention": (transformers.Qwen3NextConfig(**SMALL, layer_types=["linear_attention"]), "linear_attention"),
+    "sinks": (transformers.GptOssConfig(**SMALL, num_key_value_heads=2, num_local_experts=2), "attention sinks"),
+    "kwargs": (transformers.StableLmConfig(**SMALL, num_key_value_heads=2), "do not pass arguments"),
+    "heads": (transformers.GPTNeoXConfig(**SMALL, num_key_value_heads=2), r"heads \(4, 16\)"),
+    "positions": (transformers.BloomConfig(vocab_size=64, hidden_size=64, n_layer=1, n_head=4), "max_position"),
+    "own attention": (
+        transformers.BloomConfig(vocab_size=64, hidden_size=64, n_layer=1, n_head=4, max_position_embeddings=64),
+        "bloom",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.filterwarnings("ignore")  # some of these warn while they are built
+def test_models_that_cannot_be_run_are_refused_at_load(tmp_path: Path, case: str) -> None:
+    config, reason = REFUSED[case]
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(EngineError, match=r"model\.path: .*mamba"):
+    with pytest.raises(EngineError, match=rf"model\.path: .*{reason}"):
         EmbeddedEngine(EmbeddedConfig(model=tmp_path))
+
+
+def test_fewer_tokens_a_step_than_slots(random_model: Path) -> None:
+    with pytest.raises(EngineError, match=r"limits\.max_num_tokens: 4 is less than limits\.max_batch_size \(8\)"):
+        EmbeddedEngine(EmbeddedConfig(model=random_model, max_batch_size=8, max_num_tokens=4))

@@ -38,12 +38,17 @@ WARM_UP_TOKENS = 64  # enough for the kernels of large steps, with hidden sizes 
 
 class EmbeddedEngine(Engine):
     def __init__(self, config: EmbeddedConfig) -> None:
+        if config.max_num_tokens < config.max_batch_size:
+            raise EngineError(
+                f"limits.max_num_tokens: {config.max_num_tokens} is less than limits.max_batch_size "
+                f"({config.max_batch_size}); each running sequence needs one token a step"
+            )
         threads = config.threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(threads)
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         model = models.load(config)
         text = model.config.get_text_config()
-        max_seq_len = _max_seq_len(config, text.max_position_embeddings)
+        max_seq_len = _max_seq_len(config, getattr(text, "max_position_embeddings", None))
         half = config.kv_dtype == "bfloat16" or (config.kv_dtype == "auto" and model.dtype == torch.bfloat16)
         shape = models.shape(model)
         num_blocks = _num_blocks(config, max_seq_len, shape.block_bytes(config.tokens_per_block, half=half))
@@ -76,8 +81,21 @@ class EmbeddedEngine(Engine):
         self._runner = Runner(runnable, pool)
         self._sampler = Sampler(config.max_batch_size, max_seq_len, text.vocab_size)
         self._process = psutil.Process()
-        self._runner.warm_up(min(config.max_num_tokens, WARM_UP_TOKENS))
+        self._warm_up(pool, min(config.max_num_tokens, WARM_UP_TOKENS), model.config.model_type)
+
+    def _warm_up(self, pool: Pool, tokens: int, model_type: str) -> None:
+        """Compile the kernels, and find out whether the model can be run packed, with its attention replaced."""
+        try:
+            self._runner.warm_up(tokens)
+        except Exception as error:  # whatever a foreign model raises
+            raise EngineError(f"model.path: {model_type} does not run on packed sequences: {error}") from error
+        if pool.attended != pool.shape.layers:
+            raise EngineError(
+                f"model.path: {model_type} computes {pool.shape.layers} layers with {pool.attended} calls of the "
+                "attention interface of transformers; the embedded engine needs one in each layer"
+            )
         self._sampler.warm_up()
+        pool.populate()
 
     def submit(self, request: Request) -> None:
         checks.check(request, self.info)
@@ -105,7 +123,9 @@ class EmbeddedEngine(Engine):
         del self._runner
 
 
-def _max_seq_len(config: EmbeddedConfig, own: int) -> int:
+def _max_seq_len(config: EmbeddedConfig, own: int | None) -> int:
+    if own is None:
+        raise EngineError("model.path: its config has no max_position_embeddings; the embedded engine cannot run it")
     if config.max_seq_len is None:
         return own
     if config.max_seq_len > own:

@@ -41,23 +41,31 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    pool: Pool,
+    pool: Pool | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function for transformers models: query [1, heads, tokens, head_dim]; all sequences are packed."""
+    if pool is None:
+        raise EngineError("its layers do not pass arguments on to the attention function")
     if others.get("s_aux") is not None:
-        raise EngineError("model.path: the embedded engine has no attention sinks, which this model needs")
+        raise EngineError("it needs attention sinks, which the embedded engine lacks")
     q, k, v = (_packed(tensor) for tensor in (query, key, value))
+    shape = pool.shape
+    if q.shape[1:] != (shape.heads, shape.head_dim) or not k.shape[1:] == v.shape[1:] == (
+        shape.kv_heads,
+        shape.head_dim,
+    ):
+        raise EngineError(f"its heads {q.shape[1:]}, {k.shape[1:]}, {v.shape[1:]} are not those of its config, {shape}")
     out = np.empty_like(q)
     pool.store(module.layer_idx, k, v)
     pool.attend(
         module.layer_idx,
         q,
         out,
-        scale=pool.shape.head_dim**-0.5 if scaling is None else scaling,
+        scale=shape.head_dim**-0.5 if scaling is None else scaling,
         window=sliding_window or NO_WINDOW,
         cap=softcap or 0.0,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +37,7 @@ class Pool:
     Attributes:
         keys, values: a list of layers each.
         places: int64 [tokens], block * block_size + offset, where each of the step's keys and values goes.
+        attended: calls of `attend` since `begin`; one a layer, if the model's attention is really ours.
     """
 
     def __init__(self, shape: Shape, num_blocks: int, block_size: int, tables: Array, *, half: bool) -> None:
@@ -43,16 +47,23 @@ class Pool:
                 "head must both be multiples of 4"
             )
         self.shape = shape
+        self.attended = 0
         self.block_size = block_size
         dtype = np.uint16 if half else np.float32
         blocks = (shape.layers, num_blocks, shape.kv_heads)
-        # empty, not zeros: numpy asks for huge pages for these only, and the system gives memory as it is first written
-        self.keys = list(np.empty((*blocks, shape.head_dim, block_size), dtype=dtype))
-        self.values = list(np.empty((*blocks, block_size, shape.head_dim), dtype=dtype))
+        # empty, not zeros: numpy asks for huge pages for these only
+        keys = np.empty((*blocks, shape.head_dim, block_size), dtype=dtype)
+        values = np.empty((*blocks, block_size, shape.head_dim), dtype=dtype)
+        self.keys, self.values = list(keys), list(values)
+        self._populate = threading.Thread(target=_populate, args=(keys, values), name="populate KV pool", daemon=True)
         self._tables = tables
         self._kernel = paged_attention(shape.head_dim, block_size, shape.heads // shape.kv_heads)
         self._items = np.zeros((0, 3), dtype=np.int64)
         self._positions = self.places = np.zeros(0, dtype=np.int64)
+
+    def populate(self) -> None:
+        """Start to back the pool with memory, in the background: a first write in the middle of a step costs more."""
+        self._populate.start()
 
     def begin(self, items: Array, positions: Array, slots: Array) -> None:
         """Set the layout of the step that follows.
@@ -63,6 +74,7 @@ class Pool:
         """
         blocks = self._tables[slots, positions // self.block_size].astype(np.int64)
         self._items, self._positions = items, positions
+        self.attended = 0
         self.places = blocks * self.block_size + positions % self.block_size
 
     def store(self, layer: int, k: Array, v: Array) -> None:
@@ -71,6 +83,7 @@ class Pool:
 
     def attend(self, layer: int, q: Array, out: Array, *, scale: float, window: int, cap: float) -> None:
         """Attend with q, float32 [tokens, heads, head_dim], into `out`; the keys and values must be stored."""
+        self.attended += 1
         self._kernel(
             q,
             self.keys[layer],
@@ -83,3 +96,18 @@ class Pool:
             np.float32(cap),
             out,
         )
+
+
+def _populate(*arrays: Array) -> None:
+    """Have the system back the arrays with memory now. Contents stay as they are.
+
+    Where the system cannot do it (Linux before 5.14), nothing happens.
+    """
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    populate_write = 23  # MADV_POPULATE_WRITE of linux/mman.h; the module mmap does not name it
+    for array in arrays:
+        start = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = array.ctypes.data + array.nbytes
+        for part in range(start, end, 2**24):
+            madvise(part, min(2**24, end - part) // mmap.PAGESIZE * mmap.PAGESIZE, populate_write)
