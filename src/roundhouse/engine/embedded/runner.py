@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numba
 import numpy as np
 import torch
 
@@ -27,7 +28,7 @@ class Runner:
     def run(self, batch: Batch) -> Array:
         """Logits, float32 [samples, vocab], of the last token of each of `batch.samples()`. Fills the KV pool."""
         tokens, positions, slots, items, last = _layout(batch)
-        self._pool.begin(items, positions, slots)
+        self._pool.begin(_spread(items), positions, slots)
         return self._model.forward(tokens, positions, last)
 
     @torch.inference_mode()
@@ -41,6 +42,12 @@ class Runner:
             items = np.array([(0, row, 1) for row in range(count)], dtype=np.int64)
             self._pool.begin(items, zeros, zeros)
             self._model.forward(zeros, zeros, zeros[:1])
+
+
+def _spread(items: Array) -> Array:
+    """Deal the items out to the threads, each of which takes a run of them: the later in a prompt, the more work."""
+    threads = numba.get_num_threads()
+    return np.concatenate([items[thread::threads] for thread in range(threads)])
 
 
 def _layout(batch: Batch) -> tuple[Array, Array, Array, Array, Array]:
