@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from roundhouse.engine.base import EngineError
+from roundhouse.engine.embedded import kernels
 from roundhouse.engine.embedded.engine import EmbeddedConfig, EmbeddedEngine
 from tests.engines.conftest import build_model, prompt, request, run, run_one
 
@@ -116,13 +117,14 @@ def test_without_chunked_prefill(random_model: Path) -> None:
     assert all(len(answer.tokens) == 8 for answer in answers.values())
 
 
-def test_bit_for_bit_the_same_in_any_batch(random_model: Path) -> None:
+def test_bit_for_bit_the_same_in_any_batch(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Log probabilities show what equal tokens would hide: not one bit depends on the batch, chunks or reuse."""
     settings = {"model": random_model, "max_batch_size": 16}
     requests = [request(i, prompt=prompt(i, 3 + 11 * i), max_tokens=25, log_probs=True) for i in range(16)]
     alone = EmbeddedEngine(EmbeddedConfig(**settings, reuse=False))
     expected = {each.id: run_one(alone, each).log_probs for each in requests}
-    for changes in ({}, {"max_num_tokens": 16}, {"max_num_tokens": 100, "max_batch_size": 5}, {"threads": 1}):
+    for changes in ({}, {"max_num_tokens": 17}, {"max_num_tokens": 101, "max_batch_size": 5}, {"threads": 1}):
+        monkeypatch.setattr(kernels, "PARALLEL_FROM", 64 * 20)  # of 64 numbers each: some steps are large, some small
         engine = EmbeddedEngine(EmbeddedConfig(**{**settings, **changes}))
         for _ in range(2):  # the second time with reused blocks
             assert {i: answer.log_probs for i, answer in run(engine, *requests).items()} == expected

@@ -16,7 +16,7 @@ import numba
 import numpy as np
 from numba import prange
 
-from roundhouse.engine.embedded.kernels import JIT, exp_negative, f32, narrow, widen
+from roundhouse.engine.embedded.kernels import JIT, ORDERED, exp_negative, f32, narrow, widen
 
 LOWEST = f32(-3e38)
 NO_WINDOW = 2**62
@@ -35,13 +35,10 @@ def store(k, v, keys, values, places):  # type: ignore[no-untyped-def]
                 values[block, h, offset, d] = narrow(v[t, h, d], values[0, 0, 0, 0])
 
 
-# No "reassoc" here: sums run in the order written, so that one row alone and one of four get the same bits.
-_ORDERED: dict[str, Any] = {**JIT, "fastmath": {"contract", "nnan", "ninf", "nsz"}, "forceinline": True}
-
 # In what follows `shape` is (head_dim, block_size), both constants of the kernel that these functions become a part of.
 
 
-@numba.njit(**_ORDERED)  # type: ignore[untyped-decorator]
+@numba.njit(forceinline=True, **ORDERED)  # type: ignore[untyped-decorator]
 def _weigh(q: Any, kb: Any, scale: Any, scores: Any, shape: Any) -> None:
     """scores [block_size] = the products of a query with the keys of a block, [head_dim, block_size]."""
     head_dim, block_size = shape
@@ -58,7 +55,7 @@ def _weigh(q: Any, kb: Any, scale: Any, scores: Any, shape: Any) -> None:
             scores[j] = s
 
 
-@numba.njit(**_ORDERED)  # type: ignore[untyped-decorator]
+@numba.njit(forceinline=True, **ORDERED)  # type: ignore[untyped-decorator]
 def _weigh4(qa: Any, qb: Any, qc: Any, qd: Any, kb: Any, scale: Any, scores: Any, shape: Any) -> None:
     """The same for four queries at once: each key is loaded once for all. scores [4, block_size]."""
     head_dim, block_size = shape
@@ -87,7 +84,7 @@ def _weigh4(qa: Any, qb: Any, qc: Any, qd: Any, kb: Any, scale: Any, scores: Any
             scores[3, j] = s
 
 
-@numba.njit(**{**JIT, "forceinline": True})  # type: ignore[untyped-decorator]
+@numba.njit(forceinline=True, **ORDERED)  # type: ignore[untyped-decorator]
 def _soften(scores: Any, begin: Any, valid: Any, cap: Any, top: Any, shape: Any) -> Any:
     """scores -> exp(scores - highest), 0 outside of begin to valid; returns the highest (`top` or more) and the sum."""
     block_size = shape[1]
@@ -107,13 +104,16 @@ def _soften(scores: Any, begin: Any, valid: Any, cap: Any, top: Any, shape: Any)
         scores[j] = f32(0)
     for j in range(begin):
         scores[j] = f32(0)
-    added = f32(0)
-    for j in range(block_size):
-        added += scores[j]
-    return highest, added
+    s0 = s1 = s2 = s3 = f32(0)
+    for j in range(0, block_size, 4):
+        s0 += scores[j]
+        s1 += scores[j + 1]
+        s2 += scores[j + 2]
+        s3 += scores[j + 3]
+    return highest, (s0 + s1) + (s2 + s3)
 
 
-@numba.njit(**_ORDERED)  # type: ignore[untyped-decorator]
+@numba.njit(forceinline=True, **ORDERED)  # type: ignore[untyped-decorator]
 def _gather(p: Any, vb: Any, valid: Any, acc: Any, shape: Any) -> None:
     """acc [head_dim] += p [block_size] @ the values of a block, [block_size, head_dim], of which `valid` are filled."""
     head_dim = shape[0]
@@ -130,7 +130,7 @@ def _gather(p: Any, vb: Any, valid: Any, acc: Any, shape: Any) -> None:
             acc[d] = s
 
 
-@numba.njit(**_ORDERED)  # type: ignore[untyped-decorator]
+@numba.njit(forceinline=True, **ORDERED)  # type: ignore[untyped-decorator]
 def _gather4(p: Any, vb: Any, valid: Any, acc: Any, shape: Any) -> None:
     """The same for four queries at once: p [4, block_size], acc [4, head_dim]."""
     head_dim = shape[0]
@@ -172,7 +172,7 @@ def paged_attention(head_dim: int, block_size: int, group: int) -> Any:
         out: [tokens, kv_heads * group, head_dim], the result; float32, or bfloat16 as uint16.
     """
 
-    @numba.njit(parallel=True, **JIT)
+    @numba.njit(parallel=True, **ORDERED)
     def kernel(  # type: ignore[no-untyped-def]
         q, keys, values, tables, items, positions, scale, window, cap, out
     ):

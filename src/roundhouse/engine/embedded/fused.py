@@ -19,7 +19,7 @@ from numba import prange
 
 from roundhouse.engine.embedded import kernels
 from roundhouse.engine.embedded.attention import NO_WINDOW
-from roundhouse.engine.embedded.kernels import JIT, Array, f32, narrow, widen
+from roundhouse.engine.embedded.kernels import ORDERED, Array, f32, narrow, sum_squares, widen
 from roundhouse.engine.embedded.pool import Pool
 
 MODEL_TYPES = {"llama", "mistral", "qwen2", "qwen3"}
@@ -143,17 +143,14 @@ class _Cut:
         self.__dict__.update(parts)
 
 
-@numba.njit(**JIT)  # type: ignore[untyped-decorator]
+@numba.njit(**ORDERED)  # type: ignore[untyped-decorator]
 def _normalise_head(row: Any, weight: Any, epsilon: Any) -> None:
-    squares = f32(0)
-    for d in range(row.shape[0]):
-        squares += row[d] * row[d]
-    factor = f32(1) / np.sqrt(squares / f32(row.shape[0]) + epsilon)
+    factor = f32(1) / np.sqrt(sum_squares(row) / f32(row.shape[0]) + epsilon)
     for d in range(row.shape[0]):
         row[d] = row[d] * factor * weight[d]
 
 
-@numba.njit(**JIT)  # type: ignore[untyped-decorator]
+@numba.njit(**ORDERED)  # type: ignore[untyped-decorator]
 def _rotate_head(row: Any, cos: Any, sin: Any) -> None:
     half = row.shape[0] // 2
     for d in range(half):
@@ -162,7 +159,7 @@ def _rotate_head(row: Any, cos: Any, sin: Any) -> None:
         row[half + d] = high * cos[half + d] + low * sin[half + d]
 
 
-@numba.njit(inline="always", **JIT)  # type: ignore[untyped-decorator]
+@numba.njit(**ORDERED)  # type: ignore[untyped-decorator]
 def _head(qkv: Any, bias: Any, h: Any, row: Any) -> None:
     """Head `h` of one token's qkv, its bias added, into `row`."""
     start = h * row.shape[0]
@@ -173,7 +170,7 @@ def _head(qkv: Any, bias: Any, h: Any, row: Any) -> None:
             row[d] += bias[start + d]
 
 
-@numba.njit(parallel=True, **JIT)
+@numba.njit(parallel=True, **ORDERED)
 def _rotate(  # type: ignore[no-untyped-def]
     qkv, bias, q_norm, k_norm, epsilon, positions, cos, sin, places, q, keys, values
 ):

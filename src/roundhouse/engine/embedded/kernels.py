@@ -5,6 +5,8 @@ Arrays of activations are float32, or bfloat16 seen as uint16; numba knows no bf
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -13,6 +15,19 @@ from numba import prange, types
 from numba.extending import overload
 from numpy.typing import NDArray
 
+
+def _cache_folder() -> str:
+    """Where numba keeps compiled kernels: one folder for each state of this package's source.
+
+    On its own numba would look at the file of a kernel only, and miss changes in the functions that it is made of.
+    """
+    here = Path(__file__).parent
+    source = b"".join(file.read_bytes() for file in sorted(here.glob("*.py")))
+    return str(here / "__pycache__" / f"numba-{hashlib.sha256(source).hexdigest()[:16]}")
+
+
+numba.config.CACHE_DIR = numba.config.CACHE_DIR or _cache_folder()  # type: ignore[attr-defined]
+
 Array = NDArray[Any]
 f32 = np.float32
 i32 = np.int32
@@ -20,6 +35,9 @@ u16 = np.uint16
 u32 = np.uint32
 
 JIT: dict[str, Any] = {"fastmath": True, "error_model": "numpy", "boundscheck": False, "nogil": True, "cache": True}
+# Sums run in the order written, whatever else LLVM does to the code, so that equal rows get equal bits: no "reassoc",
+# and no "nsz", which would drop the 0 that a sum starts from and leave open which of the first two products is rounded.
+ORDERED: dict[str, Any] = {**JIT, "fastmath": {"contract", "nnan", "ninf"}}
 PARALLEL_FROM = 16_384  # numbers; below it, waking the other threads costs more than they save
 
 # exp(x) = 2**k * e**r with k = round(x / ln 2); ln 2 in two parts keeps r exact; e**r by its series
@@ -54,14 +72,14 @@ def narrow(x: Any, like: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(widen, inline="always", jit_options={"fastmath": True})
+@overload(widen, inline="always", jit_options={"fastmath": ORDERED["fastmath"]})
 def _widen(x):  # type: ignore[no-untyped-def]  # numba compares its signature with the lambdas'
     if x == types.uint16:
         return lambda x: u32(u32(x) << u32(16)).view(f32)
     return lambda x: x
 
 
-@overload(narrow, inline="always", jit_options={"fastmath": True})
+@overload(narrow, inline="always", jit_options={"fastmath": ORDERED["fastmath"]})
 def _narrow(x, like):  # type: ignore[no-untyped-def]
     if like == types.uint16:
         return lambda x, like: u16(
@@ -70,17 +88,33 @@ def _narrow(x, like):  # type: ignore[no-untyped-def]
     return lambda x, like: x
 
 
-@numba.njit(inline="always", **JIT)  # type: ignore[untyped-decorator]
+@numba.njit(forceinline=True, **ORDERED)  # type: ignore[untyped-decorator]
+def sum_squares(row: Any) -> Any:
+    """The sum of the squares of `row`, in eight lanes, which LLVM turns into one vector."""
+    size = row.shape[0]
+    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = f32(0)
+    for d in range(0, size // 8 * 8, 8):
+        s0 += row[d] * row[d]
+        s1 += row[d + 1] * row[d + 1]
+        s2 += row[d + 2] * row[d + 2]
+        s3 += row[d + 3] * row[d + 3]
+        s4 += row[d + 4] * row[d + 4]
+        s5 += row[d + 5] * row[d + 5]
+        s6 += row[d + 6] * row[d + 6]
+        s7 += row[d + 7] * row[d + 7]
+    for d in range(size // 8 * 8, size):
+        s0 += row[d] * row[d]
+    return ((s0 + s4) + (s1 + s5)) + ((s2 + s6) + (s3 + s7))
+
+
+@numba.njit(forceinline=True, **ORDERED)  # type: ignore[untyped-decorator]
 def _norm_row(hidden: Any, weight: Any, epsilon: Any, out: Any) -> None:
-    squares = f32(0)
-    for d in range(hidden.shape[0]):
-        squares += hidden[d] * hidden[d]
-    factor = f32(1) / np.sqrt(squares / f32(hidden.shape[0]) + epsilon)
+    factor = f32(1) / np.sqrt(sum_squares(hidden) / f32(hidden.shape[0]) + epsilon)
     for d in range(hidden.shape[0]):
         out[d] = narrow(hidden[d] * factor * weight[d], out[d])
 
 
-@numba.njit(inline="always", **JIT)  # type: ignore[untyped-decorator]
+@numba.njit(forceinline=True, **ORDERED)  # type: ignore[untyped-decorator]
 def _add_norm_row(hidden: Any, delta: Any, weight: Any, epsilon: Any, out: Any) -> None:
     for d in range(hidden.shape[0]):
         hidden[d] += widen(delta[d])
@@ -109,7 +143,7 @@ def add_norm_parallel(hidden, delta, weight, epsilon, out):  # type: ignore[no-u
         _add_norm_row(hidden[t], delta[t], weight, epsilon, out[t])
 
 
-@numba.njit(inline="always", **JIT)  # type: ignore[untyped-decorator]
+@numba.njit(forceinline=True, **ORDERED)  # type: ignore[untyped-decorator]
 def _silu_mul_row(gate_up: Any, out: Any) -> None:
     size = out.shape[0]
     for d in range(size):
