@@ -182,3 +182,23 @@ def test_models_that_cannot_be_run_are_refused_at_load(tmp_path: Path, case: str
 def test_fewer_tokens_a_step_than_slots(random_model: Path) -> None:
     with pytest.raises(EngineError, match=r"limits\.max_num_tokens: 4 is less than limits\.max_batch_size \(8\)"):
         EmbeddedEngine(EmbeddedConfig(model=random_model, max_batch_size=8, max_num_tokens=4))
+
+
+TINY = Path(__file__).parents[2] / "models" / "tiny"
+
+
+@pytest.mark.skipif(not (TINY / "model.safetensors").is_file(), reason="models/tiny is not trained yet")
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_the_shipped_model_answers_like_generate(dtype: str) -> None:
+    """A trained model's choices are clear: exact in float32, and in bfloat16 at its first tokens."""
+    vocab_size = transformers.AutoConfig.from_pretrained(TINY).vocab_size
+    engine = EmbeddedEngine(EmbeddedConfig(model=TINY, dtype=dtype, max_seq_len=512))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    texts = ["Sort: 5 3 9 1", "What is 12 + 30?", "Copy: hello world", "Count from 3 to 9"]
+    prompts = [tuple(tokenizer(text)["input_ids"]) for text in texts]
+    assert all(token < vocab_size for ids in prompts for token in ids)
+    answers = run(engine, *(request(i, prompt=ids, max_tokens=40) for i, ids in enumerate(prompts)))
+    for i, ids in enumerate(prompts):
+        tokens, _ = reference(TINY, ids, 40)
+        same = 40 if dtype == "auto" else 1
+        assert answers[i].tokens[:same] == tokens[:same]
