@@ -1,1 +1,1 @@
-"""What the model.py files call: tensors to requests, pacing, metrics."""
+"""What the model.py files call: Triton's tensors to engine requests, and the engine's tokens back to Triton."""

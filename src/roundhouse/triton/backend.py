@@ -1,0 +1,60 @@
+"""Triton's Python backend, in the words of this package. The only module that touches `triton_python_backend_utils`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+from roundhouse.engine.protocol import Error, ErrorCode
+
+_CODES = {
+    ErrorCode.INVALID_ARGUMENT: pb_utils.TritonError.INVALID_ARG,
+    ErrorCode.UNSUPPORTED: pb_utils.TritonError.UNSUPPORTED,
+    ErrorCode.UNAVAILABLE: pb_utils.TritonError.UNAVAILABLE,
+    ErrorCode.CANCELLED: pb_utils.TritonError.CANCELLED,
+    ErrorCode.INTERNAL: pb_utils.TritonError.INTERNAL,
+}
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+def inputs(request: Any) -> dict[str, npt.NDArray[Any]]:
+    """The input tensors of a Triton request by name, `[B, ...]` each."""
+    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+
+
+def response(tensors: Mapping[str, npt.NDArray[Any]]) -> Any:
+    return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(name, array) for name, array in tensors.items()])
+
+
+def refusal(error: Error) -> Any:
+    return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(error.message, _CODES[error.code]))
+
+
+class TritonSender:
+    """The response sender of one Triton request."""
+
+    def __init__(self, request: Any) -> None:
+        self._sender = request.get_response_sender()
+
+    def send(self, tensors: Mapping[str, npt.NDArray[Any]], *, final: bool) -> None:
+        self._sender.send(response(tensors), _FINAL if final else 0)
+
+    def fail(self, error: Error, *, final: bool) -> None:
+        self._sender.send(refusal(error), _FINAL if final else 0)
+
+    def close(self) -> None:
+        self._sender.send(flags=_FINAL)
+
+    def cancelled(self) -> bool:
+        return bool(self._sender.is_cancelled())
+
+
+def log_info(message: str) -> None:
+    pb_utils.Logger.log_info(message)
+
+
+def log_warning(message: str) -> None:
+    pb_utils.Logger.log_warn(message)

@@ -1,0 +1,295 @@
+"""The front: one thread that carries the streams of one model instance between Triton and the engine.
+
+`execute` hands jobs over and returns. The thread does everything else in one loop: takes the engine's outputs, sends
+responses at the pace, notices clients that have gone, keeps count. Streams with tokens pending stand in one queue,
+oldest first, so that none starves; what arrives while a stream waits travels together.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from roundhouse.engine.protocol import Error, ErrorCode, Output, Request, Stats
+from roundhouse.text.detokenize import Detokenizer
+from roundhouse.triton.mailbox import Mailbox, Passed, Post, Stop
+from roundhouse.triton.metrics import Metrics, Record
+from roundhouse.triton.pacing import Pace
+from roundhouse.triton.stream import Form, Job, Stream
+
+IDLE_SECONDS = 0.25  # the longest that the loop waits for anything
+SLICE = 16  # responses between two looks at what the engine has sent
+MAX_UNACKNOWLEDGED = 2  # chunks of one stream on their way through postprocessing
+LOST_SECONDS = 1.5  # a chunk that postprocessing did not get, while it got later ones of others
+SILENT_SECONDS = 2.2  # the same, when there were none of others
+CHECKS_PER_SECOND = 400  # questions to Triton whether a client is still there; each costs about 0.1 ms
+CHECK_SECONDS = 0.2  # no client is asked for more often
+
+
+class Client(Protocol):
+    """What the loop needs of the engine client."""
+
+    @property
+    def stats(self) -> Stats | None: ...
+
+    @property
+    def restarts(self) -> int: ...
+
+    def submit(self, requests: Sequence[Request]) -> None: ...
+
+    def cancel(self, ids: Sequence[int]) -> None: ...
+
+    def poll(self, timeout: float) -> list[Output]: ...
+
+    def wake(self) -> None: ...
+
+    def watch(self, socket: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Front:
+    def __init__(
+        self,
+        client: Client,
+        detokenizer: Detokenizer,
+        metrics: Metrics,
+        *,
+        folder: Path,
+        number: int,
+        responses_per_second: float,
+        log: Callable[[str], None],
+    ) -> None:
+        """`number`: this front among those of the server. `folder`: the server's runtime folder."""
+        self._client = client
+        self._detokenizer = detokenizer
+        self._metrics = metrics
+        self._number = number
+        self._log = log
+        self._mailbox = Mailbox(folder, number)
+        self._post = Post(folder)
+        client.watch(self._mailbox.socket)
+        self._pace = Pace(responses_per_second, time.monotonic())
+        self._ids = count(1)
+        self._orders: deque[Job | Stop] = deque()  # from `execute`
+        self._jobs: deque[Job] = deque()  # in the order in which their clients are asked for
+        self._streams: dict[int, Stream] = {}
+        self._urgent: deque[Stream] = deque()  # first tokens
+        self._queue: deque[Stream] = deque()
+        self._next_check = 0.0
+        self._last_passed = 0.0  # when the newest chunk was sent of which postprocessing has told
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="front", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        self._orders.append(job)
+        self._client.wake()
+
+    def stop(self, request_id: str) -> None:
+        """End the requests with this id, whichever front has them. They complete with what they have."""
+        self._orders.append(Stop(request_id))
+        self._client.wake()
+
+    def close(self) -> None:
+        self._closing = True
+        self._client.wake()
+        self._thread.join(timeout=5)
+
+    # --- the loop: everything below runs in the thread ------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closing:
+            try:
+                outputs = self._client.poll(self._timeout())
+                self._take_orders()
+                self._read_mail()
+                for output in outputs:
+                    self._take(output)
+                self._send()
+                self._look_after_clients()
+                self._metrics.publish(self._client.stats, self._client.restarts)
+            except Exception:
+                self._log(f"front: unexpected error, ending its {len(self._streams)} streams\n{traceback.format_exc()}")
+                self._abandon()
+        self._mailbox.close()
+        self._post.close()
+        self._client.close()
+
+    def _timeout(self) -> float:
+        now = time.monotonic()
+        waits = [IDLE_SECONDS]
+        if self._urgent:
+            return 0.0
+        if self._queue:
+            waits.append(self._pace.wait(now))
+        if self._jobs:
+            waits.append(max(self._next_check - now, 0.0))
+        return min(waits)
+
+    def _take_orders(self) -> None:
+        requests: list[Request] = []
+        while self._orders:
+            order = self._orders.popleft()
+            if isinstance(order, Stop):
+                self._post.broadcast(order)
+            else:
+                requests += self._open(order)
+        if requests:
+            self._client.submit(requests)
+
+    def _open(self, job: Job) -> list[Request]:
+        requests = []
+        for batch_index, generation in enumerate(job.generations):
+            if generation is None:
+                continue  # refused already; its neighbours in the batch go on
+            for sequence_index, request in enumerate(generation.engine_requests()):
+                stream = Stream(job, generation, batch_index, sequence_index, self._detokenizer)
+                stream.id = next(self._ids)
+                job.streams.append(stream)
+                self._streams[stream.id] = stream
+                requests.append(msgspec.structs.replace(request, id=stream.id, arrival_ns=job.arrival_ns))
+        job.open = len(job.streams)
+        self._jobs.append(job)
+        return requests
+
+    def _read_mail(self) -> None:
+        for note in self._mailbox.read():
+            if isinstance(note, Stop):
+                self._stop_job(note.request_id)
+                continue
+            stream = self._streams.get(note.stream)
+            if stream is not None:
+                self._passed(stream, note)
+
+    def _passed(self, stream: Stream, note: Passed) -> None:
+        sent = stream.unacknowledged.pop(note.chunk, None)
+        if sent is not None:
+            self._last_passed = max(self._last_passed, sent)
+        if stream.done:
+            self._forget_if_settled(stream)
+        elif stream.sendable():
+            self._enqueue(stream)
+
+    def _stop_job(self, request_id: str) -> None:
+        for job in self._jobs:
+            if job.request_id == request_id:
+                live = [stream for stream in job.streams if not stream.last and not stream.stopped]
+                for stream in live:
+                    stream.stopped = True
+                self._client.cancel([stream.id for stream in live])
+
+    def _take(self, output: Output) -> None:
+        stream = self._streams.get(output.id)
+        if stream is None or stream.done:
+            return
+        if stream.take(output):
+            self._client.cancel([stream.id])
+        if stream.last and stream.job.cancelled:
+            self._finish(stream)
+        elif stream.sendable():
+            self._enqueue(stream)
+
+    def _enqueue(self, stream: Stream) -> None:
+        if not stream.queued and len(stream.unacknowledged) < MAX_UNACKNOWLEDGED:
+            stream.queued = True
+            (self._queue if stream.chunks else self._urgent).append(stream)
+
+    def _send(self) -> None:
+        now = time.monotonic()
+        for _ in range(SLICE):
+            if self._urgent:
+                stream = self._urgent.popleft()
+            elif self._queue and not self._pace.wait(now):
+                stream = self._queue.popleft()
+            else:
+                return
+            stream.queued = False
+            if not stream.job.cancelled:
+                self._respond(stream, now)
+
+    def _respond(self, stream: Stream, now: float) -> None:
+        job = stream.job
+        final = stream.last and job.open == 1
+        if stream.error is not None:
+            job.sender.fail(stream.error, final=final)
+        else:
+            tensors = stream.chunk()
+            if tensors is None:
+                return
+            self._pace.take()
+            if stream.chunks == 1:
+                self._metrics.first_token(time.monotonic_ns() - job.arrival_ns)
+            if job.form is Form.STEP:
+                stream.unacknowledged[stream.chunks] = now
+                tensors["chunk"] = np.array([[self._number, stream.id, stream.chunks, stream.last]], dtype=np.int64)
+            job.sender.send(tensors, final=final)
+        if stream.last:
+            self._finish(stream)
+
+    def _finish(self, stream: Stream) -> None:
+        """The stream has sent its last response, or nobody wants it any more."""
+        job = stream.job
+        stream.done = True
+        job.open -= 1
+        self._metrics.finished(Record.of(stream, time.monotonic_ns()))
+        self._forget_if_settled(stream)
+        if job.cancelled and not job.open:
+            if job.form is Form.STEP:
+                job.sender.close()
+            else:
+                job.sender.fail(Error(ErrorCode.CANCELLED, "the client has cancelled the request"), final=True)
+
+    def _forget_if_settled(self, stream: Stream) -> None:
+        if stream.job.cancelled or not stream.unacknowledged:
+            self._streams.pop(stream.id, None)
+
+    def _look_after_clients(self) -> None:
+        """Ask, in turn, whether the client of a job is still there."""
+        now = time.monotonic()
+        while self._jobs and now >= self._next_check:
+            job = self._jobs.popleft()
+            gone = self._is_lost(job, now) if job.form is Form.STEP else bool(job.open) and job.sender.cancelled()
+            if gone:
+                self._cancel(job)
+            if not job.cancelled and any(stream.id in self._streams for stream in job.streams):
+                self._jobs.append(job)
+            now = time.monotonic()
+            self._next_check = now + max(CHECK_SECONDS / (len(self._jobs) or 1), 1 / CHECKS_PER_SECOND)
+
+    def _is_lost(self, job: Job, now: float) -> bool:
+        """Whether the ensemble no longer passes a job's chunks on: its client is gone, and Triton does not tell."""
+        sent = min((at for stream in job.streams for at in stream.unacknowledged.values()), default=now)
+        overtaken = self._last_passed > sent
+        return now - sent > (LOST_SECONDS if overtaken else SILENT_SECONDS)
+
+    def _cancel(self, job: Job) -> None:
+        job.cancelled = True
+        self._client.cancel([stream.id for stream in job.streams if not stream.last])
+        for stream in job.streams:
+            if stream.done:
+                self._forget_if_settled(stream)
+            elif stream.last:
+                self._finish(stream)
+
+    def _abandon(self) -> None:
+        """After a bug: end all streams with an error rather than leave their clients waiting."""
+        error = Error(ErrorCode.INTERNAL, "the server made a mistake with this request; see its log")
+        streams, self._streams = list(self._streams.values()), {}
+        self._urgent.clear()
+        self._queue.clear()
+        self._jobs.clear()
+        self._client.cancel([stream.id for stream in streams if not stream.last])
+        for job in {id(stream.job): stream.job for stream in streams}.values():
+            if job.open:
+                job.open = 0
+                job.sender.fail(error, final=True)

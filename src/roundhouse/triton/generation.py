@@ -1,0 +1,352 @@
+"""What a client asks for, checked: from input tensors to the engine's requests. Pure functions, no Triton in here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import msgspec
+import numpy as np
+
+from roundhouse.engine import checks
+from roundhouse.engine.base import RequestError
+from roundhouse.engine.protocol import EngineInfo, ErrorCode, Feature, Guide, Request, Sampling
+from roundhouse.text.stop_words import decode_word_list, embedding_bias, word_ids
+from roundhouse.text.tokenizer import Tokenizer
+from roundhouse.triton.fields import Fields, refuse
+
+# Field name -> tensor name of the `tensorrt_llm` model, where that differs from the ensemble's.
+TENSORRT_LLM_NAMES = {
+    "max_tokens": "request_output_len",
+    "top_k": "runtime_top_k",
+    "top_p": "runtime_top_p",
+    "length_penalty": "len_penalty",
+    "stream": "streaming",
+    "stop_words": "stop_words_list",
+    "bad_words": "bad_words_list",
+}
+GUIDE_KINDS = ("json", "json_schema", "regex", "ebnf_grammar")
+MAX_SEQUENCES = 128  # samples of one prompt
+MAX_WORDS = 1024  # stop words or bad words of one prompt
+MAX_WORD_TOKENS = 16384  # tokens of all of them, where they come as ids
+MAX_WORD_CHARACTERS = 65536  # characters of all of them, where they come as text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """One prompt and how it is to be answered.
+
+    Attributes:
+        request: what the engine gets; its `id` is 0, `engine_requests` numbers it.
+        sequences: samples that are asked for (`num_return_sequences`).
+        stop_words: token ids of each stop word.
+        stream: answer in pieces. echo: put the prompt before an answer that is not streamed.
+        perf_metrics, count_input, count_output: which optional outputs are asked for.
+    """
+
+    request: Request
+    sequences: int = 1
+    stop_words: tuple[tuple[int, ...], ...] = ()
+    stream: bool = False
+    echo: bool = False
+    perf_metrics: bool = False
+    count_input: bool = False
+    count_output: bool = False
+
+    def engine_requests(self) -> Iterator[Request]:
+        """One engine request for each sample. A given seed counts up, so that the samples differ, the same each time.
+
+        Their ids are 0 still.
+        """
+        seed = self.request.sampling.seed
+        for index in range(self.sequences):
+            if index == 0 or seed is None:
+                yield self.request
+            else:
+                yield with_seed(self.request, (seed + index) % 2**64)
+
+
+def with_seed(request: Request, seed: int) -> Request:
+    return msgspec.structs.replace(request, sampling=msgspec.structs.replace(request.sampling, seed=seed))
+
+
+def from_text(
+    fields: Fields, tokenizer: Tokenizer, info: EngineInfo, *, special_tokens: bool, echo: bool
+) -> Generation:
+    """Of one prompt of `tensorrt_llm_bls`. `special_tokens`: add BOS; `echo`: the default.
+
+    Raises RequestError.
+    """
+    text = prompt_text(fields, "text_input", tokenizer, info.max_seq_len)
+    if fields.string("decoder_text_input"):
+        refuse_feature(fields.label("decoder_text_input"), "the model is decoder-only: put the text into text_input")
+    if fields.integer("num_draft_tokens"):
+        _refuse_lacking(fields, "num_draft_tokens", Feature.DRAFT_TOKENS, info)
+    prompt = tokenizer.encode(text, add_special_tokens=special_tokens)
+    bias = biased_words(fields, tokenizer, info.vocab_size)
+    return _generation(
+        fields,
+        info,
+        prompt=prompt,
+        end_ids=_end_ids(fields, tokenizer, info, absent=tokenizer.end_ids),
+        stop_words=[list(ids) for ids in words_of(fields, "stop_words", tokenizer)],
+        bad_words=[list(ids) for ids in words_of(fields, "bad_words", tokenizer)],
+        bias=_nonzero(bias),
+        echo=echo,
+    )
+
+
+def from_tokens(fields: Fields, tokenizer: Tokenizer, info: EngineInfo, *, ensemble: bool, echo: bool) -> Generation:
+    """Of one prompt of `tensorrt_llm`. `ensemble`: the prompt comes from preprocessing, not from a client.
+
+    Raises RequestError.
+    """
+    for name, feature in (
+        ("draft_input_ids", Feature.DRAFT_TOKENS),
+        ("draft_logits", Feature.DRAFT_TOKENS),
+        ("draft_acceptance_threshold", Feature.DRAFT_TOKENS),
+        ("retention_token_range_starts", Feature.RETENTION),
+        ("retention_token_range_ends", Feature.RETENTION),
+        ("retention_token_range_priorities", Feature.RETENTION),
+        ("retention_token_range_durations_ms", Feature.RETENTION),
+        ("retention_decode_priority", Feature.RETENTION),
+        ("retention_decode_duration_ms", Feature.RETENTION),
+        ("lookahead_window_size", Feature.LOOKAHEAD),
+        ("lookahead_ngram_size", Feature.LOOKAHEAD),
+        ("lookahead_verification_set_size", Feature.LOOKAHEAD),
+    ):
+        if fields.array(name) is not None:
+            _refuse_lacking(fields, name, feature, info)
+    for name in ("runtime_top_p_min", "runtime_top_p_decay", "runtime_top_p_reset_ids"):
+        if fields.array(name) is not None:
+            refuse_feature(fields.label(name), "top_p decay is not offered; leave it out")
+    decoder_ids = fields.array("decoder_input_ids")
+    if not ensemble and decoder_ids is not None and decoder_ids.size > 1:
+        refuse_feature("decoder_input_ids", "the model is decoder-only: put the ids into input_ids")
+    bias = fields.array("embedding_bias")
+    if bias is not None and bias.size != info.vocab_size:
+        refuse(f"embedding_bias: has {bias.size} values; it must have one for each of {info.vocab_size} token ids")
+    return _generation(
+        fields,
+        info,
+        prompt=_prompt_ids(fields),
+        end_ids=_end_ids(fields, tokenizer if ensemble else None, info, absent=()),
+        stop_words=_word_list(fields, "stop_words"),
+        bad_words=_word_list(fields, "bad_words"),
+        bias=_nonzero(bias),
+        echo=echo,
+    )
+
+
+def prompt_text(fields: Fields, name: str, tokenizer: Tokenizer, max_seq_len: int | None) -> str:
+    """The prompt. One that can never fit is refused before any time is spent on tokenising it.
+
+    Raises RequestError.
+    """
+    text = fields.string(name)
+    label = fields.label(name)
+    if text is None:
+        refuse(f"{label}: missing; send the prompt as one string")
+    if not text:
+        refuse(f"{label}: is empty; send a prompt of at least one character")
+    if max_seq_len is not None and len(text) > max_seq_len * longest_token(tokenizer):
+        refuse(f"{label}: {len(text)} characters cannot fit into max_seq_len {max_seq_len} tokens; shorten the prompt")
+    return text
+
+
+def longest_token(tokenizer: Tokenizer) -> int:
+    """Characters of the longest token of the vocabulary: no text has fewer tokens than its length divided by this."""
+    length = _longest_tokens.get(id(tokenizer))
+    if length is None:
+        length = max(map(len, tokenizer.backend.get_vocab(with_added_tokens=True)), default=1)
+        _longest_tokens[id(tokenizer)] = length
+    return length
+
+
+_longest_tokens: dict[int, int] = {}
+
+
+def words_of(fields: Fields, name: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """Token ids of each word of a list of strings; empty words are skipped. Raises RequestError."""
+    words = fields.strings(name)
+    if len(words) > MAX_WORDS:
+        refuse(f"{fields.label(name)}: has {len(words)} words; at most {MAX_WORDS} are allowed")
+    if (characters := sum(map(len, words))) > MAX_WORD_CHARACTERS:
+        refuse(f"{fields.label(name)}: has {characters} characters; at most {MAX_WORD_CHARACTERS} are allowed")
+    return [ids for word in words if (ids := word_ids(word, tokenizer))]
+
+
+def biased_words(fields: Fields, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """Logit bias FP32 `[vocab_size]` of embedding_bias_words and _weights, `[0]` without. Raises RequestError."""
+    words = fields.strings("embedding_bias_words")
+    array = fields.array("embedding_bias_weights")
+    weights = [] if array is None else array.reshape(-1).tolist()
+    if len(words) > MAX_WORDS:
+        refuse(f"{fields.label('embedding_bias_words')}: has {len(words)} words; at most {MAX_WORDS} are allowed")
+    if words == [""] and not weights:
+        words = []
+    if not np.isfinite(weights).all():
+        refuse(f"{fields.label('embedding_bias_weights')}: has a value that is not finite; send finite numbers")
+    try:
+        return embedding_bias(words, weights, tokenizer, vocab_size)
+    except ValueError as error:
+        refuse(str(error))
+
+
+def refuse_feature(label: str, reason: str) -> NoReturn:
+    raise RequestError(ErrorCode.UNSUPPORTED, f"{label}: {reason}")
+
+
+def _generation(
+    fields: Fields,
+    info: EngineInfo,
+    *,
+    prompt: Sequence[int],
+    end_ids: tuple[int, ...],
+    stop_words: list[list[int]],
+    bad_words: list[list[int]],
+    bias: dict[int, float],
+    echo: bool,
+) -> Generation:
+    _refuse_unsupported(fields, info)
+    max_tokens = fields.integer("max_tokens")
+    if max_tokens is None:
+        refuse(f"{fields.label('max_tokens')}: missing; say how many tokens may be generated")
+    if max_tokens < 1:
+        refuse(f"{fields.label('max_tokens')}: {max_tokens} is not allowed; it must be at least 1")
+    sequences = fields.integer("num_return_sequences")
+    sequences = 1 if sequences is None else sequences
+    if not 1 <= sequences <= MAX_SEQUENCES:
+        refuse(f"num_return_sequences: {sequences} is not allowed; it must be 1 to {MAX_SEQUENCES}")
+    excluded = fields.flag("exclude_input_in_output")
+    stream = bool(fields.flag("stream"))
+    request = Request(
+        id=0,
+        prompt=tuple(prompt),
+        max_tokens=max_tokens,
+        end_ids=end_ids,
+        sampling=_sampling(fields, bad_words, bias),
+        log_probs=bool(fields.flag("return_log_probs")),
+        priority=fields.integer("priority") or 0,
+        cache_salt=fields.string("cache_salt") or "",
+        guide=_guide(fields),
+    )
+    checks.check(request, info)
+    return Generation(
+        request=request,
+        sequences=sequences,
+        stop_words=tuple(map(tuple, stop_words)),
+        stream=stream,
+        echo=not stream and (echo if excluded is None else not excluded),
+        perf_metrics=bool(fields.flag("return_perf_metrics") or fields.flag("return_kv_cache_reuse_stats")),
+        count_input=bool(fields.flag("return_num_input_tokens")),
+        count_output=bool(fields.flag("return_num_output_tokens")),
+    )
+
+
+def _sampling(fields: Fields, bad_words: list[list[int]], bias: dict[int, float]) -> Sampling:
+    top_p = fields.number("top_p")
+    temperature = fields.number("temperature")
+    if temperature is None and fields.integer("top_k") is None and top_p is None:
+        temperature = 0.0  # TensorRT-LLM's default: who asks for no sampling gets none
+    repetition = fields.number("repetition_penalty")
+    fields.number("length_penalty")  # beams only; checked so that nonsense is not swallowed
+    return Sampling(
+        temperature=1.0 if temperature is None else temperature,
+        top_k=fields.integer("top_k") or 0,
+        top_p=top_p if top_p is not None and top_p > 0 else 1.0,
+        repetition_penalty=1.0 if repetition is None else repetition,
+        presence_penalty=fields.number("presence_penalty") or 0.0,
+        frequency_penalty=fields.number("frequency_penalty") or 0.0,
+        min_tokens=fields.one_of("min_tokens", "min_length") or 0,
+        seed=fields.one_of("seed", "random_seed"),
+        bad_words=tuple(map(tuple, bad_words)),
+        logit_bias=bias,
+    )
+
+
+def _guide(fields: Fields) -> Guide | None:
+    kind = fields.string("guided_decoding_guide_type")
+    text = fields.string("guided_decoding_guide") or ""
+    if kind is None:
+        if text:
+            refuse(f"guided_decoding_guide_type: missing; it says what the guide is: {', '.join(GUIDE_KINDS)}")
+        return None
+    if kind not in GUIDE_KINDS:
+        refuse(f"guided_decoding_guide_type: {kind!r} is not allowed; it must be one of {', '.join(GUIDE_KINDS)}")
+    if kind != "json" and not text:
+        refuse(f"guided_decoding_guide: missing; the type {kind!r} needs it")
+    return Guide(kind, text)
+
+
+def _refuse_unsupported(fields: Fields, info: EngineInfo) -> None:
+    beams = fields.integer("beam_width")
+    if beams is not None and beams < 1:
+        refuse(f"beam_width: {beams} is not allowed; it must be 1")
+    if beams is not None and beams > 1:
+        _refuse_lacking(fields, "beam_width", Feature.BEAM_SEARCH, info)
+    for name in ("lora_task_id", "lora_weights", "lora_config"):
+        if fields.array(name) is not None:
+            _refuse_lacking(fields, name, Feature.LORA, info)
+    if fields.flag("return_context_logits"):
+        _refuse_lacking(fields, "return_context_logits", Feature.CONTEXT_LOGITS, info)
+    if fields.flag("return_generation_logits"):
+        _refuse_lacking(fields, "return_generation_logits", Feature.GENERATION_LOGITS, info)
+
+
+def _refuse_lacking(fields: Fields, name: str, feature: Feature, info: EngineInfo) -> None:
+    reason = info.lacks.get(feature, f"this server does not pass it on to the {info.engine} engine")
+    refuse_feature(fields.label(name), reason)
+
+
+def _end_ids(
+    fields: Fields, tokenizer: Tokenizer | None, info: EngineInfo, *, absent: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The ids that end an answer.
+
+    An id outside the vocabulary means "never" (clients send 1048576). The tokenizer's EOS stands for all end ids of
+    the model: the contract has room for one only, and Llama 3 has several.
+    """
+    end_id = fields.integer("end_id")
+    if end_id is None:
+        return absent
+    if tokenizer is not None and end_id == tokenizer.eos_token_id:
+        return tokenizer.end_ids
+    return (end_id,) if 0 <= end_id < info.vocab_size else ()
+
+
+def _prompt_ids(fields: Fields) -> list[int]:
+    array = fields.array("input_ids")
+    if array is None:
+        refuse("input_ids: missing or empty; send the token ids of the prompt, at least one")
+    ids: list[int] = array.reshape(-1).tolist()
+    length = fields.integer("input_lengths")
+    if length is None:
+        refuse("input_lengths: missing; it says how many of input_ids are the prompt")
+    if not 1 <= length <= len(ids):
+        refuse(f"input_lengths: {length} is not allowed; input_ids has {len(ids)} ids, so it must be 1 to {len(ids)}")
+    return ids[:length]
+
+
+def _word_list(fields: Fields, name: str) -> list[list[int]]:
+    array = fields.array(name)
+    if array is None:
+        return []
+    label = fields.label(name)
+    if array.shape[-1] > MAX_WORD_TOKENS:
+        refuse(f"{label}: has {array.shape[-1]} token ids; at most {MAX_WORD_TOKENS} are allowed")
+    try:
+        words = decode_word_list(array, label)
+    except ValueError as error:
+        refuse(str(error))
+    if len(words) > MAX_WORDS:
+        refuse(f"{label}: has {len(words)} words; at most {MAX_WORDS} are allowed")
+    return words
+
+
+def _nonzero(bias: np.ndarray[tuple[int], np.dtype[np.float32]] | None) -> dict[int, float]:
+    if bias is None:
+        return {}
+    flat = bias.reshape(-1)
+    return {int(token): float(flat[token]) for token in np.flatnonzero(flat)}

@@ -1,0 +1,83 @@
+"""Short notes between the Python models of one server: chunks that postprocessing has passed on, and orders to stop.
+
+Each front has a mailbox, a ZeroMQ socket in the server's private runtime folder. Notes are best effort: one that cannot
+be delivered at once is dropped.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import zmq
+
+
+class Passed(msgspec.Struct, frozen=True, tag=True):
+    """postprocessing has handled chunk number `chunk` of the stream `stream`."""
+
+    stream: int
+    chunk: int
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """End the requests with this id: a client has sent `stop` to one of the fronts."""
+
+    request_id: str
+
+
+Note = Passed | Stop
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Note] = msgspec.msgpack.Decoder(Note)
+
+
+class Mailbox:
+    """Where one front gets its notes. `socket` can be polled."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self._path = folder / f"mailbox-{number}"
+        self._path.unlink(missing_ok=True)
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
+        self.socket.set_hwm(100_000)
+        self.socket.bind(f"ipc://{self._path}")
+        os.chmod(self._path, 0o600)
+
+    def read(self) -> list[Note]:
+        """All notes that have come."""
+        notes = []
+        try:
+            while True:
+                notes.append(_decoder.decode(self.socket.recv(zmq.NOBLOCK)))
+        except zmq.Again:
+            return notes
+
+    def close(self) -> None:
+        self.socket.close(linger=0)
+        self._path.unlink(missing_ok=True)
+
+
+class Post:
+    """Sends notes to mailboxes. One thread's own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._sockets: dict[int, zmq.Socket[bytes]] = {}
+
+    def send(self, number: int, note: Note) -> None:
+        socket = self._sockets.get(number)
+        if socket is None:
+            socket = zmq.Context.instance().socket(zmq.PUSH)
+            socket.set_hwm(100_000)
+            socket.connect(f"ipc://{self._folder / f'mailbox-{number}'}")
+            self._sockets[number] = socket
+        with suppress(zmq.Again):
+            socket.send(_encoder.encode(note), zmq.NOBLOCK)
+
+    def broadcast(self, note: Note) -> None:
+        for path in self._folder.glob("mailbox-*"):
+            self.send(int(path.name.removeprefix("mailbox-")), note)
+
+    def close(self) -> None:
+        for socket in self._sockets.values():
+            socket.close(linger=0)

@@ -1,0 +1,157 @@
+"""What the two models have in common that stream answers: `tensorrt_llm` and `tensorrt_llm_bls`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from roundhouse import deployment
+from roundhouse.engine.base import RequestError
+from roundhouse.engine.client import EngineClient, runtime_dir
+from roundhouse.engine.protocol import Error, ErrorCode
+from roundhouse.text.detokenize import Detokenizer
+from roundhouse.text.tokenizer import Tokenizer
+from roundhouse.triton import backend
+from roundhouse.triton.fields import Array, Fields, batch_of, refuse
+from roundhouse.triton.front import Front
+from roundhouse.triton.generation import Generation
+from roundhouse.triton.metrics import Metrics
+from roundhouse.triton.stream import Form, Job
+
+NOT_DECOUPLED = "Streaming is only supported if model is deployed using decoupled mode."
+
+
+class Settings:
+    """What `initialize` gets: the model's config.pbtxt, its name, its instance."""
+
+    def __init__(self, args: Mapping[str, str]) -> None:
+        config = json.loads(args["model_config"])
+        self.name: str = args["model_name"]
+        self.version: str = args["model_version"]
+        self.instance: str = args["model_instance_name"]
+        self.decoupled = bool(config.get("model_transaction_policy", {}).get("decoupled", False))
+        self._parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+        repository = Path(args["model_repository"]).parent  # Triton names the model's own folder
+        self.deployment_path: Path = (repository / self._parameters["deployment"]).resolve()
+        self.deployment = deployment.load(self.deployment_path)
+
+    def flag(self, name: str) -> bool:
+        """A parameter that says true or false. Raises ValueError if it says anything else."""
+        value = self._parameters[name].lower()
+        if value not in ("true", "false"):
+            raise ValueError(f"parameter {name} of model {self.name}: {value!r} is not allowed; say true or false")
+        return value == "true"
+
+    def tokenizer(self) -> Tokenizer:
+        model = self.deployment.model
+        return Tokenizer.load(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code)
+
+
+class StreamingModel:
+    """A Python model in front of the engine: requests become jobs, the front answers them."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        settings = Settings(args)
+        self.decoupled = settings.decoupled
+        self.echo = settings.flag("exclude_input_in_output") is False
+        self.tokenizer = settings.tokenizer()
+        self.configure(settings)
+        server_pid = os.getppid()
+        client = EngineClient(settings.deployment_path, settings.instance, server_pid, log=backend.log_info)
+        self.info = client.start()
+        detokenizer = Detokenizer(self.tokenizer, self.skip_special_tokens)
+        if not detokenizer.incremental:
+            backend.log_warning("the tokenizer's decoder is of an unknown kind: all text comes with the last chunk")
+        self.metrics = Metrics(
+            pb_utils,
+            settings.name,
+            settings.version,
+            gauges=settings.name == "tensorrt_llm" and settings.instance.endswith("_0"),
+        )
+        self.front = Front(
+            client,
+            detokenizer,
+            self.metrics,
+            folder=runtime_dir(server_pid),
+            number=os.getpid(),
+            responses_per_second=settings.deployment.fronts.responses_per_second,
+            log=backend.log_warning,
+        )
+
+    skip_special_tokens = True
+
+    def configure(self, settings: Settings) -> None:
+        """Read parameters that only this model has."""
+
+    def form_of(self, tensors: Mapping[str, Array]) -> Form:
+        raise NotImplementedError
+
+    def labels(self, form: Form) -> Mapping[str, str]:
+        """What the client calls a field, where it differs."""
+        return {}
+
+    def fields_of(self, tensors: Mapping[str, Array]) -> Mapping[str, Array]:
+        """The tensors by field name."""
+        return tensors
+
+    def parse(self, fields: Fields, form: Form) -> Generation:
+        raise NotImplementedError
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            sender = backend.TritonSender(request)
+            try:
+                self._accept(request, sender)
+            except RequestError as error:
+                self.metrics.rejected()
+                sender.fail(error.as_error(), final=True)
+            except Exception as error:
+                backend.log_warning(f"unexpected error with a request: {error!r}")
+                sender.fail(Error(ErrorCode.INTERNAL, f"unexpected error: {error}"), final=True)
+
+    def finalize(self) -> None:
+        self.front.close()
+        self.metrics.close()
+
+    def _accept(self, request: Any, sender: backend.TritonSender) -> None:
+        arrival_ns = time.monotonic_ns()
+        tensors = backend.inputs(request)
+        if self.handle_stop(tensors, request, sender):
+            return
+        form = self.form_of(tensors)
+        batch = batch_of(self.fields_of(tensors), labels=self.labels(form))
+        if len(batch) > 1 and not self.decoupled:
+            refuse("Batch size > 1 requires the model to be deployed using decoupled mode; send one prompt a request")
+        generations: list[Generation | None] = []
+        errors: list[Error] = []
+        for index, fields in enumerate(batch):
+            try:
+                generations.append(self._checked(fields, form))
+            except RequestError as error:
+                if len(batch) == 1:
+                    raise
+                generations.append(None)
+                errors.append(Error(error.code, f"prompt {index} of the batch: {error.message}"))
+        for number, refused in enumerate(errors, start=1):
+            self.metrics.rejected()
+            sender.fail(refused, final=number == len(batch))
+        if len(errors) < len(batch):
+            self.front.submit(Job(generations, sender, form, arrival_ns, request.request_id()))
+
+    def _checked(self, fields: Fields, form: Form) -> Generation:
+        if not self.decoupled:
+            if fields.flag("stream"):
+                refuse(f"{fields.label('stream')}: {NOT_DECOUPLED}")
+            if (fields.integer("num_return_sequences") or 1) > 1:
+                refuse("num_return_sequences: more than 1 needs a model that is deployed using decoupled mode")
+        return self.parse(fields, form)
+
+    def handle_stop(self, tensors: Mapping[str, Array], request: Any, sender: backend.TritonSender) -> bool:
+        """Whether the request was an order to stop another one, and is answered."""
+        return False

@@ -1,0 +1,74 @@
+"""The model `postprocessing`: token ids to text. The last step of the ensemble.
+
+It keeps nothing between calls: the window that travels with each chunk of a stream is all that it needs to know. It
+tells the front of each chunk that it got. So the front can bound what is on its way, and notice when Triton stops
+passing chunks on because the client has gone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from roundhouse.engine.base import RequestError
+from roundhouse.engine.client import runtime_dir
+from roundhouse.engine.protocol import Error, ErrorCode
+from roundhouse.text.detokenize import Detokenizer
+from roundhouse.triton import backend
+from roundhouse.triton.fields import Array, refuse
+from roundhouse.triton.mailbox import Passed, Post
+from roundhouse.triton.model import Settings
+
+
+class TritonPythonModel:
+    def initialize(self, args: Mapping[str, str]) -> None:
+        settings = Settings(args)
+        self._detokenizer = Detokenizer(settings.tokenizer(), settings.flag("skip_special_tokens"))
+        self._post = Post(runtime_dir(os.getppid()))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return [self._answer(request) for request in requests]
+
+    def finalize(self) -> None:
+        self._post.close()
+
+    def _answer(self, request: Any) -> Any:
+        try:
+            tensors = backend.inputs(request)
+            chunk = tensors.get("CHUNK")
+            if chunk is not None:
+                number, stream, index, _ = chunk.reshape(-1).tolist()
+                self._post.send(number, Passed(stream, index))
+            return backend.response({"OUTPUT": self._texts(tensors)})
+        except RequestError as error:
+            return backend.refusal(error.as_error())
+        except Exception as error:
+            backend.log_warning(f"unexpected error with a request: {error!r}")
+            return backend.refusal(Error(ErrorCode.INTERNAL, f"unexpected error: {error}"))
+
+    def _texts(self, tensors: Mapping[str, Array]) -> Array:
+        """STRING `[B * beams]`: one text for each sequence."""
+        batch, lengths = tensors["TOKENS_BATCH"], tensors["SEQUENCE_LENGTH"]
+        if batch.ndim != 3 or lengths.shape != batch.shape[:2]:
+            refuse(
+                f"SEQUENCE_LENGTH: has shape {list(lengths.shape)}, TOKENS_BATCH has {list(batch.shape)}; "
+                "they must be [B, beams] and [B, beams, length]"
+            )
+        if "CHUNK" in tensors:
+            last = bool(tensors["CHUNK"].reshape(-1)[3])
+            window = tensors["WINDOW"].reshape(-1).tolist() if "WINDOW" in tensors else []
+            text = self._detokenizer.chunk_text(window, batch.reshape(-1).tolist(), last)
+            return np.array([text.encode()], dtype=np.object_)
+        rows = zip(batch.reshape(-1, batch.shape[2]).tolist(), lengths.reshape(-1).tolist(), strict=True)
+        return np.array([self._whole(ids, length).encode() for ids, length in rows], dtype=np.object_)
+
+    def _whole(self, ids: list[int], length: int) -> str:
+        if not 0 <= length <= len(ids):
+            refuse(f"SEQUENCE_LENGTH: {length} is not allowed; TOKENS_BATCH has {len(ids)} ids a sequence")
+        ids = ids[:length]
+        if ids and min(ids) < 0:
+            refuse(f"TOKENS_BATCH: token id {min(ids)} is not allowed; ids count from 0, padding goes behind them")
+        return self._detokenizer.text(ids)

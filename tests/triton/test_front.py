@@ -1,0 +1,253 @@
+"""The front's loop on a client and senders of the test's own: order, pacing, stop words, clients that go away."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from roundhouse.engine.protocol import Error, ErrorCode, FinishReason, Output, Request
+from roundhouse.text.detokenize import Detokenizer
+from roundhouse.text.tokenizer import Tokenizer
+from roundhouse.triton.front import Front
+from roundhouse.triton.generation import Generation
+from roundhouse.triton.mailbox import Passed, Post
+from roundhouse.triton.stream import Form, Job
+
+TOKENIZER = Tokenizer.load(Path(__file__).parents[2] / "models/tiny")
+DETOKENIZER = Detokenizer(TOKENIZER)
+
+
+class QueueClient:
+    """An engine client whose outputs the test decides."""
+
+    stats = None
+    restarts = 0
+
+    def __init__(self) -> None:
+        self.submitted: list[Request] = []
+        self.cancelled: list[int] = []
+        self._outputs: list[Output] = []
+        self._event = threading.Event()
+
+    def give(self, *outputs: Output) -> None:
+        self._outputs += outputs
+        self._event.set()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self.submitted += requests
+
+    def cancel(self, ids: Sequence[int]) -> None:
+        self.cancelled += ids
+        self.give(*(Output(id=id, tokens=[], finish_reason=FinishReason.CANCELLED) for id in ids))
+
+    def poll(self, timeout: float) -> list[Output]:
+        self._event.wait(min(timeout, 0.01))  # short, for it does not watch the mailbox
+        self._event.clear()
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def wake(self) -> None:
+        self._event.set()
+
+    def watch(self, socket: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class ListSender:
+    """A response sender that remembers."""
+
+    def __init__(self) -> None:
+        self.responses: list[dict[str, np.ndarray]] = []
+        self.errors: list[Error] = []
+        self.finished = threading.Event()
+        self.gone = False
+
+    def send(self, tensors: Any, *, final: bool) -> None:
+        self.responses.append(dict(tensors))
+        if final:
+            self.finished.set()
+
+    def fail(self, error: Error, *, final: bool) -> None:
+        self.errors.append(error)
+        if final:
+            self.finished.set()
+
+    def close(self) -> None:
+        self.finished.set()
+
+    def cancelled(self) -> bool:
+        return self.gone
+
+    @property
+    def texts(self) -> list[str]:
+        return [response["text_output"][0].decode() for response in self.responses]
+
+
+class NoMetrics:
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+@pytest.fixture
+def client() -> QueueClient:
+    return QueueClient()
+
+
+def start(client: QueueClient, folder: Path, *, rate: float = 1e6) -> Front:
+    return Front(
+        client,
+        DETOKENIZER,
+        NoMetrics(),  # type: ignore[arg-type]
+        folder=folder,
+        number=1,
+        responses_per_second=rate,
+        log=pytest.fail,
+    )
+
+
+@pytest.fixture
+def front(client: QueueClient, tmp_path: Path) -> Iterator[Front]:
+    front = start(client, tmp_path)
+    yield front
+    front.close()
+
+
+def job(*, form: Form = Form.TEXT, stream: bool = True, **settings: Any) -> tuple[Job, ListSender]:
+    request = Request(id=0, prompt=(5,), max_tokens=100)
+    sender = ListSender()
+    return Job([Generation(request=request, stream=stream, **settings)], sender, form, time.monotonic_ns()), sender
+
+
+def until(condition: Any, seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.002)
+
+
+def submit(front: Front, client: QueueClient, made: Job) -> int:
+    before = len(client.submitted)
+    front.submit(made)
+    until(lambda: len(client.submitted) > before)
+    return client.submitted[-1].id
+
+
+def test_tokens_become_text_and_the_last_response_is_final(front: Front, client: QueueClient) -> None:
+    made, sender = job()
+    id = submit(front, client, made)
+    ids = TOKENIZER.encode("hello, 🚂 world", False)
+    for token in ids[:-1]:
+        client.give(Output(id=id, tokens=[token]))
+    client.give(Output(id=id, tokens=ids[-1:], finish_reason=FinishReason.LENGTH))
+    assert sender.finished.wait(5)
+    assert "".join(sender.texts) == "hello, 🚂 world"
+    assert "" not in sender.texts[:-1]
+    assert sender.responses[-1]["finish_reason"][0] == b"length"
+
+
+def test_a_stop_word_ends_the_answer_and_cancels_the_engine(front: Front, client: QueueClient) -> None:
+    made, sender = job(stop_words=(tuple(TOKENIZER.encode("stop", False)),))
+    id = submit(front, client, made)
+    for token in TOKENIZER.encode("now stop here", False):
+        client.give(Output(id=id, tokens=[token]))
+    assert sender.finished.wait(5)
+    assert "".join(sender.texts) == "now stop"
+    assert client.cancelled == [id]
+    assert sender.responses[-1]["finish_reason"][0] == b"stop"
+
+
+def test_a_client_that_goes_away_frees_its_stream(front: Front, client: QueueClient) -> None:
+    made, sender = job()
+    id = submit(front, client, made)
+    client.give(Output(id=id, tokens=[10]))
+    sender.gone = True
+    assert sender.finished.wait(2)
+    assert client.cancelled == [id]
+    assert sender.errors[0].code is ErrorCode.CANCELLED
+
+
+def test_a_stop_order_completes_the_request_with_what_it_has(front: Front, client: QueueClient) -> None:
+    made, sender = job(stream=False)
+    made.request_id = "seven"
+    id = submit(front, client, made)
+    client.give(Output(id=id, tokens=TOKENIZER.encode("half", False)))
+    front.stop("six")
+    front.stop("seven")
+    assert sender.finished.wait(2)
+    assert sender.texts == ["half"]
+    assert not sender.errors
+
+
+def test_an_engine_error_ends_only_its_own_stream(front: Front, client: QueueClient) -> None:
+    (bad, bad_sender), (good, good_sender) = job(), job()
+    bad_id, good_id = submit(front, client, bad), submit(front, client, good)
+    client.give(
+        Output(id=bad_id, tokens=[], error=Error(ErrorCode.UNAVAILABLE, "gone")),
+        Output(id=good_id, tokens=TOKENIZER.encode("fine", False), finish_reason=FinishReason.STOP),
+    )
+    assert bad_sender.finished.wait(5)
+    assert good_sender.finished.wait(5)
+    assert bad_sender.errors[0].message == "gone"
+    assert good_sender.texts == ["fine"]
+
+
+def test_beyond_the_pace_tokens_travel_together_and_first_tokens_do_not_wait(
+    client: QueueClient, tmp_path: Path
+) -> None:
+    front = start(client, tmp_path, rate=20)
+    try:
+        made = [job() for _ in range(10)]
+        ids = [submit(front, client, one) for one, _ in made]
+        letters = TOKENIZER.encode("a", False)
+        for _ in range(50):
+            client.give(*(Output(id=id, tokens=letters) for id in ids))
+            time.sleep(0.01)
+        assert all(sender.responses for _, sender in made)  # ten first tokens, at a pace of 20 a second
+        client.give(*(Output(id=id, tokens=[], finish_reason=FinishReason.LENGTH) for id in ids))
+        for _, sender in made:
+            assert sender.finished.wait(10)
+            assert "".join(sender.texts) == "a" * 50
+        assert sum(len(sender.responses) for _, sender in made) <= 10 + 10 + 20
+    finally:
+        front.close()
+
+
+class TestEnsembleStep:
+    def test_chunks_wait_for_postprocessing(self, front: Front, client: QueueClient, tmp_path: Path) -> None:
+        made, sender = job(form=Form.STEP)
+        id = submit(front, client, made)
+        letter = TOKENIZER.encode("a", False)
+        post = Post(tmp_path)
+        for number in range(1, 5):
+            client.give(Output(id=id, tokens=letter))
+            until(lambda number=number: len(sender.responses) == min(number, 2))
+        post.send(1, Passed(id, 1))
+        until(lambda: len(sender.responses) == 3)
+        assert sender.responses[-1]["sequence_length"].item() == 2  # what gathered meanwhile
+        assert [r["chunk"].tolist()[0] for r in sender.responses] == [[1, id, n, 0] for n in (1, 2, 3)]
+        post.close()
+
+    def test_a_lost_chunk_means_that_the_client_is_gone(self, front: Front, client: QueueClient) -> None:
+        made, sender = job(form=Form.STEP)
+        id = submit(front, client, made)
+        client.give(Output(id=id, tokens=[10]))
+        assert sender.finished.wait(3)
+        assert client.cancelled == [id]
+
+
+def test_refused_neighbours_of_a_batch_keep_their_index(front: Front, client: QueueClient) -> None:
+    made, sender = job(stream=False)
+    made.generations = [None, made.generations[0]]
+    id = submit(front, client, made)
+    client.give(Output(id=id, tokens=TOKENIZER.encode("x", False), finish_reason=FinishReason.LENGTH))
+    assert sender.finished.wait(5)
+    assert sender.responses[0]["batch_index"].item() == 1
