@@ -18,6 +18,7 @@ from typing import Protocol
 
 import msgspec
 import numpy as np
+import zmq
 
 from roundhouse.engine.protocol import Error, ErrorCode, Output, Request, Stats
 from roundhouse.text.detokenize import Detokenizer
@@ -52,7 +53,7 @@ class Client(Protocol):
 
     def wake(self) -> None: ...
 
-    def watch(self, socket: object) -> None: ...
+    def watch(self, socket: zmq.Socket[bytes]) -> None: ...
 
     def close(self) -> None: ...
 

@@ -46,7 +46,7 @@ class Settings:
         value = self._parameters[name].lower()
         if value not in ("true", "false"):
             raise ValueError(f"parameter {name} of model {self.name}: {value!r} is not allowed; say true or false")
-        return value == "true"
+        return bool(value == "true")
 
     def tokenizer(self) -> Tokenizer:
         model = self.deployment.model

@@ -1,0 +1,247 @@
+"""The engine process: one engine, driven by one thread, for all fronts of a server.
+
+    python -m roundhouse.engine.host --deployment FILE --folder FOLDER --server-pid PID
+
+Between engine steps it takes the fronts' messages; after each step every front gets one message with what its streams
+gained. It ends with the server. A front that dies, or that does not read, loses its requests and nobody else's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from roundhouse import deployment
+from roundhouse.engine import runtime
+from roundhouse.engine.base import Engine, EngineError, RequestError
+from roundhouse.engine.load import load_engine
+from roundhouse.engine.protocol import (
+    PROTOCOL_VERSION,
+    Cancel,
+    EngineStats,
+    Error,
+    ErrorCode,
+    Hello,
+    Output,
+    Outputs,
+    Refused,
+    Request,
+    Submit,
+    ToFront,
+    Welcome,
+    decode_to_engine,
+    encode,
+)
+
+LOAD_FAILED = 3  # exit code
+HEARTBEAT_SECONDS = 0.1
+SEND_QUEUE = 2000  # messages that may wait for a front before it is dropped
+SLICE = 256  # messages that are read between two steps
+
+
+@dataclass(eq=False)
+class Front:
+    """A connected front: `ids` are its own ids -> ours."""
+
+    identity: bytes
+    name: str
+    pidfd: int
+    ids: dict[int, int] = field(default_factory=dict)
+
+
+class Host:
+    def __init__(self, engine: Engine, socket: zmq.Socket[bytes], secret: str, server_pid: int) -> None:
+        self._engine = engine
+        self._socket = socket
+        self._secret = secret
+        self._fronts: dict[bytes, Front] = {}
+        self._dropped: set[bytes] = set()  # fronts that still have to be told
+        self._owners: dict[int, tuple[Front, int]] = {}  # our id -> front and its id
+        self._last_id = 0
+        self._server = os.pidfd_open(server_pid)
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(self._server, zmq.POLLIN)
+        self._next_heartbeat = 0.0
+        self.stopping = False
+
+    def run(self) -> bool:
+        """Serve until the server is gone or `stopping` is set. Returns whether the server is gone."""
+        while not self.stopping:
+            busy = self._engine.unfinished()
+            events = dict(self._poller.poll(0 if busy else int(HEARTBEAT_SECONDS * 1000)))
+            if self._server in events:
+                return True
+            if self._socket in events:
+                self._read()
+            for front in list(self._fronts.values()):
+                if front.pidfd in events:
+                    self._forget(front)
+            if self._engine.unfinished():
+                self._deliver(self._engine.step())
+            self._heartbeat()
+        return False
+
+    def _read(self) -> None:
+        for _ in range(SLICE):
+            try:
+                identity, data = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            except ValueError:
+                continue  # not two frames: no client of ours
+            try:
+                message = decode_to_engine(data)
+            except msgspec.DecodeError as error:
+                self._send(identity, Refused(f"the message could not be read: {error}"))
+                continue
+            front = self._fronts.get(identity)
+            if isinstance(message, Hello):
+                self._welcome(identity, message)
+            elif front is None:
+                self._send(identity, Refused("say Hello first"))
+            elif isinstance(message, Submit):
+                self._submit(front, message)
+            elif isinstance(message, Cancel):
+                self._cancel(front, message)
+
+    def _welcome(self, identity: bytes, hello: Hello) -> None:
+        if hello.version != PROTOCOL_VERSION:
+            self._send(identity, Refused(f"protocol version {hello.version}; this engine speaks {PROTOCOL_VERSION}"))
+            return
+        if hello.secret != self._secret:
+            self._send(identity, Refused("wrong secret"))
+            return
+        try:
+            pidfd = os.pidfd_open(hello.pid)
+        except OSError:
+            return
+        self._fronts[identity] = Front(identity, hello.front, pidfd)
+        self._poller.register(pidfd, zmq.POLLIN)
+        self._send(identity, Welcome(self._engine.info, os.getpid()))
+
+    def _submit(self, front: Front, message: Submit) -> None:
+        refused = []
+        info = self._engine.info
+        for request in message.requests:
+            error = self._accept(front, request, info.max_batch_size + info.max_queue)
+            if error is not None:
+                refused.append(Output(id=request.id, tokens=[], error=error))
+        if refused:
+            self._send(front.identity, Outputs(refused))
+
+    def _accept(self, front: Front, request: Request, room: int) -> Error | None:
+        if request.id in front.ids:
+            return Error(ErrorCode.INTERNAL, f"request id {request.id} is in use")
+        if self._engine.unfinished() >= room:
+            return Error(
+                ErrorCode.UNAVAILABLE,
+                f"Exceeds maximum queue size of {self._engine.info.max_queue} waiting requests; "
+                "send it again later, or raise limits.queue of the deployment",
+            )
+        self._last_id += 1
+        try:
+            self._engine.submit(msgspec.structs.replace(request, id=self._last_id))
+        except RequestError as error:
+            return error.as_error()
+        front.ids[request.id] = self._last_id
+        self._owners[self._last_id] = (front, request.id)
+        return None
+
+    def _cancel(self, front: Front, message: Cancel) -> None:
+        for id in message.ids:
+            ours = front.ids.get(id)
+            if ours is not None:
+                self._engine.cancel(ours)
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        by_front: dict[bytes, list[Output]] = {}
+        for output in outputs:
+            owner = self._owners.get(output.id)
+            if owner is None:
+                continue  # its front is gone
+            front, id = owner
+            if output.last:
+                del self._owners[output.id], front.ids[id]
+            by_front.setdefault(front.identity, []).append(msgspec.structs.replace(output, id=id))
+        for identity, theirs in by_front.items():
+            self._send(identity, Outputs(theirs))
+
+    def _heartbeat(self) -> None:
+        now = time.monotonic()
+        if now < self._next_heartbeat:
+            return
+        self._next_heartbeat = now + HEARTBEAT_SECONDS
+        message = EngineStats(self._engine.stats())
+        for identity in list(self._fronts):
+            self._send(identity, message)
+        for identity in list(self._dropped):
+            self._dropped.discard(identity)
+            self._send(identity, Refused("the front did not read its messages; its requests are cancelled"))
+
+    def _send(self, identity: bytes, message: ToFront) -> None:
+        try:
+            self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
+        except zmq.Again:
+            self._dropped.add(identity)
+            if identity in self._fronts:
+                self._forget(self._fronts[identity])
+        except zmq.ZMQError:  # no such peer any more
+            if identity in self._fronts:
+                self._forget(self._fronts[identity])
+
+    def _forget(self, front: Front) -> None:
+        del self._fronts[front.identity]
+        self._poller.unregister(front.pidfd)
+        os.close(front.pidfd)
+        for ours in front.ids.values():
+            del self._owners[ours]
+            self._engine.cancel(ours)
+
+
+def bind(folder: Path) -> zmq.Socket[bytes]:
+    path = folder / runtime.SOCKET
+    path.unlink(missing_ok=True)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+    socket.set_hwm(SEND_QUEUE)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.bind(f"ipc://{path}")
+    path.chmod(0o600)
+    return socket
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--deployment", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="the server's runtime folder")
+    parser.add_argument("--server-pid", type=int, required=True)
+    args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server; the engine ends with it
+    os.umask(0o077)
+    try:
+        engine = load_engine(deployment.load(args.deployment))
+    except (EngineError, deployment.DeploymentError) as error:
+        runtime.write_private(args.folder / runtime.FAILURE, str(error))
+        print(f"engine: cannot be loaded: {error}", file=sys.stderr, flush=True)
+        return LOAD_FAILED
+    host = Host(engine, bind(args.folder), runtime.read(args.folder / runtime.SECRET), args.server_pid)
+    signal.signal(signal.SIGTERM, lambda *_: setattr(host, "stopping", True))
+    server_gone = host.run()
+    engine.close()
+    if server_gone:
+        shutil.rmtree(args.folder, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""From a deployment to its engine. The library of an engine is imported only if that engine is asked for."""
+
+from __future__ import annotations
+
+from roundhouse.deployment import Deployment, SyntheticEngine, TransformersEngine
+from roundhouse.engine.base import Engine
+
+
+def load_engine(deployment: Deployment) -> Engine:
+    """Load the engine of a deployment. Raises EngineError if it cannot be loaded; the message says what to change."""
+    section = deployment.engine
+    if isinstance(section, TransformersEngine):
+        return _transformers(deployment, section)
+    return _synthetic(deployment, section)
+
+
+def _transformers(deployment: Deployment, section: TransformersEngine) -> Engine:
+    from roundhouse.engine.embedded import EmbeddedConfig
+    from roundhouse.engine.embedded.engine import EmbeddedEngine
+
+    limits, cache = deployment.limits, deployment.kv_cache
+    return EmbeddedEngine(
+        EmbeddedConfig(
+            model=deployment.model.path,
+            dtype=deployment.precision.weights,
+            kv_dtype=deployment.precision.kv_cache,
+            max_batch_size=limits.max_batch_size,
+            max_seq_len=limits.max_seq_len,
+            max_num_tokens=limits.max_num_tokens,
+            max_queue=limits.queue,
+            chunked_prefill=deployment.scheduling.chunked_prefill,
+            tokens_per_block=cache.tokens_per_block,
+            kv_tokens=cache.tokens,
+            reuse=cache.reuse,
+            threads=section.threads,
+        )
+    )
+
+
+def _synthetic(deployment: Deployment, section: SyntheticEngine) -> Engine:
+    from roundhouse.engine.synthetic import SyntheticConfig, SyntheticEngine
+    from roundhouse.text.tokenizer import Tokenizer
+
+    model = deployment.model
+    tokenizer = Tokenizer.load(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code)
+    settings = section.model_dump(exclude={"kind"})
+    limits, cache = deployment.limits, deployment.kv_cache
+    return SyntheticEngine(
+        SyntheticConfig(
+            vocab_size=tokenizer.vocab_size,
+            max_batch_size=limits.max_batch_size,
+            max_seq_len=limits.max_seq_len or 2048,
+            max_queue=limits.queue,
+            tokens_per_block=cache.tokens_per_block,
+            kv_tokens=cache.tokens,
+            reuse=cache.reuse,
+            **settings,
+        )
+    )
