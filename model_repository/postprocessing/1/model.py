@@ -1,0 +1,9 @@
+"""Triton's entry point of the model `postprocessing`; the code is in roundhouse.triton.postprocessing."""
+
+import locale
+
+locale.setlocale(locale.LC_ALL, "C.UTF-8")  # Triton's interpreter starts with "C", in which UTF-8 files cannot be read
+
+from roundhouse.triton.postprocessing import TritonPythonModel  # noqa: E402
+
+__all__ = ["TritonPythonModel"]

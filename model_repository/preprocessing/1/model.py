@@ -1,0 +1,9 @@
+"""Triton's entry point of the model `preprocessing`; the code is in roundhouse.triton.preprocessing."""
+
+import locale
+
+locale.setlocale(locale.LC_ALL, "C.UTF-8")  # Triton's interpreter starts with "C", in which UTF-8 files cannot be read
+
+from roundhouse.triton.preprocessing import TritonPythonModel  # noqa: E402
+
+__all__ = ["TritonPythonModel"]
