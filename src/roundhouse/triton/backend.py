@@ -10,14 +10,15 @@ import triton_python_backend_utils as pb_utils
 
 from roundhouse.engine.protocol import Error, ErrorCode
 
+# Triton adds its classes to that module only after this one is imported, hence the names instead of the values.
 _CODES = {
-    ErrorCode.INVALID_ARGUMENT: pb_utils.TritonError.INVALID_ARG,
-    ErrorCode.UNSUPPORTED: pb_utils.TritonError.UNSUPPORTED,
-    ErrorCode.UNAVAILABLE: pb_utils.TritonError.UNAVAILABLE,
-    ErrorCode.CANCELLED: pb_utils.TritonError.CANCELLED,
-    ErrorCode.INTERNAL: pb_utils.TritonError.INTERNAL,
+    ErrorCode.INVALID_ARGUMENT: "INVALID_ARG",
+    ErrorCode.UNSUPPORTED: "UNSUPPORTED",
+    ErrorCode.UNAVAILABLE: "UNAVAILABLE",
+    ErrorCode.CANCELLED: "CANCELLED",
+    ErrorCode.INTERNAL: "INTERNAL",
 }
-_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+_FINAL = 1  # TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 def inputs(request: Any) -> dict[str, npt.NDArray[Any]]:
@@ -30,7 +31,8 @@ def response(tensors: Mapping[str, npt.NDArray[Any]]) -> Any:
 
 
 def refusal(error: Error) -> Any:
-    return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(error.message, _CODES[error.code]))
+    code = getattr(pb_utils.TritonError, _CODES[error.code])
+    return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(error.message, code))
 
 
 class TritonSender:

@@ -1,0 +1,68 @@
+"""The command line. Each command is a thin function that imports what it needs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT = ROOT / "deployments/local-cpu.yaml"
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+DeploymentPath = Annotated[Path, typer.Argument(help="deployment file")]
+
+
+@app.command()
+def check(deployment: DeploymentPath = DEFAULT) -> None:
+    """Check a deployment file and print it with its defaults."""
+    import yaml
+
+    from roundhouse import deployment as deployments
+
+    try:
+        parsed = deployments.load(deployment)
+    except deployments.DeploymentError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(yaml.safe_dump(parsed.model_dump(exclude_none=True), sort_keys=False), end="")
+
+
+@app.command()
+def render(
+    deployment: DeploymentPath, output: Annotated[Path, typer.Option(help="folder to write; must not exist")]
+) -> None:
+    """Write the model repository of a deployment."""
+    from roundhouse import deployment as deployments
+    from roundhouse import repository
+
+    try:
+        repository.render(deployments.load(deployment), deployment, output)
+    except (deployments.DeploymentError, FileExistsError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def serve(
+    deployment: DeploymentPath = DEFAULT,
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    metrics_port: int = 8002,
+    http_address: Annotated[str, typer.Option(help="0.0.0.0 for all interfaces")] = "127.0.0.1",
+    grpc_address: str = "127.0.0.1",
+    metrics_address: str = "127.0.0.1",
+    drain_seconds: Annotated[int, typer.Option(help="how long open streams may go on after SIGTERM")] = 60,
+    log_verbose: Annotated[bool, typer.Option("--log-verbose", help="Triton's whole log")] = False,
+) -> None:
+    """Serve a deployment in the foreground. SIGTERM drains: open streams finish, exit code 0."""
+    from roundhouse import serve as serving
+
+    addresses = serving.Addresses(http_port, grpc_port, metrics_port, http_address, grpc_address, metrics_address)
+    raise typer.Exit(serving.serve(deployment, addresses, drain_seconds=drain_seconds, verbose=log_verbose))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,227 @@
+"""`roundhouse serve`: one deployment on one Triton, in the foreground, from start-up to drain."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import psutil
+from rich.console import Console
+
+from roundhouse import deployment as deployments
+from roundhouse import repository, tritonserver
+from roundhouse.engine.client import EngineMonitor
+
+IDLE_SECONDS = 2.0  # how long the engine must be idle while draining before what is left counts as leaked
+PROGRESS_SECONDS = 10.0
+
+
+class ServeError(Exception):
+    """The server cannot be started. The message says why."""
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where the server listens. Loopback unless said otherwise: there is no authentication."""
+
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    http_address: str = "127.0.0.1"
+    grpc_address: str = "127.0.0.1"
+    metrics_address: str = "127.0.0.1"
+
+    def check(self) -> None:
+        """Raises ServeError if a port cannot be had."""
+        wanted = {
+            "http": (self.http_address, self.http_port),
+            "grpc": (self.grpc_address, self.grpc_port),
+            "metrics": (self.metrics_address, self.metrics_port),
+        }
+        for name, address in wanted.items():
+            with socket.socket() as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    sock.bind(address)
+                except OSError as error:
+                    raise ServeError(
+                        f"--{name}-port {address[1]} on {address[0]}: {error.strerror}; choose another one"
+                    ) from error
+
+
+class Server:
+    """A running tritonserver and everything that it started."""
+
+    def __init__(self, deployment: Path, addresses: Addresses, *, drain_seconds: int = 60, verbose: bool = False):
+        """Start it. Raises DeploymentError, TritonError or ServeError."""
+        parsed = deployments.load(deployment)
+        triton = tritonserver.find()
+        addresses.check()
+        self.addresses = addresses
+        self.drain_seconds = drain_seconds
+        self._folder = tempfile.TemporaryDirectory(prefix="roundhouse-repository-")
+        models = Path(self._folder.name) / "model_repository"
+        repository.render(parsed, deployment, models)
+        self._verbose = verbose
+        self.errors: deque[str] = deque(maxlen=200)
+        self.process = subprocess.Popen(
+            _command(triton, models, addresses, drain_seconds),
+            env=triton.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+            errors="replace",
+        )
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+
+    def wait_ready(self, console: Console) -> None:
+        """Wait until all models are loaded. Raises ServeError if the server ends instead."""
+        url = f"http://{_reachable(self.addresses.http_address)}:{self.addresses.http_port}/v2/health/ready"
+        started = told = time.monotonic()
+        with console.status("starting Triton and loading the engine"):
+            while True:
+                if self.process.poll() is not None:
+                    self._reader.join(timeout=2)
+                    raise ServeError(self.why())
+                with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=2):
+                    return
+                now = time.monotonic()
+                if now - told > PROGRESS_SECONDS:
+                    told = now
+                    console.print(f"still loading: {now - started:.0f} s")
+                time.sleep(0.05)
+
+    def why(self) -> str:
+        """The reason that the server gave for its end."""
+        causes = [line for line in self.errors if "failed to load" in line or line.startswith("engine: ")]
+        return "\n".join(causes[:4] or list(self.errors)[-10:]) or f"tritonserver ended with {self.process.returncode}"
+
+    def drain(self) -> int:
+        """Let open streams finish, refuse new requests, end. Returns the exit code: 0 after a drain."""
+        self.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + self.drain_seconds + 5
+        monitor = EngineMonitor(self.process.pid)
+        idle_since = None
+        while self.process.poll() is None and time.monotonic() < deadline:
+            stats = monitor.stats()
+            now = time.monotonic()
+            if stats is not None and stats.active + stats.waiting:
+                idle_since = None
+            elif idle_since is None:
+                idle_since = now
+            elif now - idle_since > IDLE_SECONDS:
+                break  # Triton waits for ensemble requests whose clients have gone: it would do so for ever
+            time.sleep(0.05)
+        monitor.close()
+        self.kill()
+        return 0
+
+    def kill(self) -> None:
+        """End the server and all that it started, at once."""
+        children = []
+        with suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self.process.pid).children(recursive=True)
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        _, alive = psutil.wait_procs(children, timeout=3)
+        for child in alive:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        self._reader.join(timeout=2)
+        self._folder.cleanup()
+
+    def _read_log(self) -> None:
+        """Pass errors and warnings on; everything, if verbose."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            line = line.rstrip()
+            if line[:1] in "EW" or line.startswith(("engine: ", "error: ", "Traceback")):
+                self.errors.append(line)
+            if self._verbose or line.startswith("engine: ") or (line[:1] in "EW" and not _is_noise(line)):
+                print(line, file=sys.stderr, flush=True)
+
+
+def _is_noise(line: str) -> bool:
+    """Warnings that say only that there is no GPU, or that cache metrics are off."""
+    return any(
+        text in line for text in ("pinned memory", "CUDA memory", "NVML", "GPU metrics", "Cache metrics", "DCGM")
+    )
+
+
+def _command(triton: tritonserver.Triton, models: Path, addresses: Addresses, drain_seconds: int) -> list[str]:
+    return [
+        str(triton.binary),
+        f"--model-repository={models}",
+        f"--backend-directory={triton.backends}",
+        f"--http-address={addresses.http_address}",
+        f"--http-port={addresses.http_port}",
+        f"--grpc-address={addresses.grpc_address}",
+        f"--grpc-port={addresses.grpc_port}",
+        f"--metrics-address={addresses.metrics_address}",
+        f"--metrics-port={addresses.metrics_port}",
+        f"--exit-timeout-secs={drain_seconds}",
+        "--model-control-mode=none",
+        "--exit-on-error=true",
+        "--allow-cpu-metrics=false",
+        "--backend-config=python,shm-default-byte-size=16777216",
+        "--backend-config=python,shm-growth-byte-size=16777216",
+    ]
+
+
+def _reachable(address: str) -> str:
+    return "127.0.0.1" if address in ("0.0.0.0", "") else address
+
+
+def serve(deployment: Path, addresses: Addresses, *, drain_seconds: int, verbose: bool) -> int:
+    """Run a server until SIGTERM or Ctrl-C. Returns the exit code; a second signal ends it at once."""
+    console = Console(stderr=True)
+    stop = threading.Event()
+    server: Server | None = None
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set() and server is not None:
+            server.kill()
+            os._exit(1)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    try:
+        server = Server(deployment, addresses, drain_seconds=drain_seconds, verbose=verbose)
+        server.wait_ready(console)
+    except (deployments.DeploymentError, tritonserver.TritonError, ServeError) as error:
+        if server is not None:
+            server.kill()
+        console.print(f"[red]cannot serve {deployment}[/red]", highlight=False)
+        console.print(str(error), highlight=False, markup=False)
+        return 1
+    host = _reachable(addresses.http_address)
+    console.print(
+        f"ready: HTTP {host}:{addresses.http_port}, gRPC {_reachable(addresses.grpc_address)}:{addresses.grpc_port}, "
+        f"metrics {_reachable(addresses.metrics_address)}:{addresses.metrics_port}",
+        highlight=False,
+    )
+    while not stop.wait(0.2):
+        if server.process.poll() is not None:
+            console.print(f"tritonserver has ended with code {server.process.returncode}\n{server.why()}", markup=False)
+            server.kill()
+            return 1
+    console.print("draining: open streams finish, new requests are refused (once more to stop at once)")
+    return server.drain()
