@@ -64,5 +64,24 @@ def serve(
     raise typer.Exit(serving.serve(deployment, addresses, drain_seconds=drain_seconds, verbose=log_verbose))
 
 
+@app.command()
+def quickstart(
+    prompt: Annotated[str, typer.Option(help="what to ask")] = "a happy story in English about a rabbit in the garden:",
+    once: Annotated[bool, typer.Option("--once", help="stop after the answer")] = False,
+    deployment: Annotated[Path, typer.Option(help="deployment file")] = DEFAULT,
+) -> None:
+    """Start a server, stream one answer, go on serving until Ctrl-C."""
+    from roundhouse import quickstart as starting
+    from roundhouse.deployment import DeploymentError
+    from roundhouse.serve import ServeError
+    from roundhouse.tritonserver import TritonError
+
+    try:
+        raise typer.Exit(starting.run(deployment, prompt, once=once))
+    except (DeploymentError, TritonError, ServeError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
 if __name__ == "__main__":
     app()
