@@ -7,6 +7,7 @@ The schema is strict. Whatever is wrong is reported with the path of its key and
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -54,12 +55,24 @@ class SyntheticEngine(Section):
     hang_after_tokens: PositiveInt | None = Field(default=None, description="stop stepping (for fault tests)")
 
 
-EngineSection = Annotated[TransformersEngine | SyntheticEngine, Field(discriminator="kind")]
+class TensorrtLlmEngine(Section):
+    """An engine compiled by `roundhouse build`, run by TensorRT-LLM's Executor. Relative paths as in `model`."""
+
+    kind: Literal["tensorrt_llm"]
+    path: str = Field(description="engine folder: what `roundhouse build` writes and the server loads")
+    launch: Literal["leader", "orchestrator"] = Field(
+        default="leader", description="tensor parallel ranks: started by mpirun, or spawned by the engine process"
+    )
+    calibration: str = Field(default="cnn_dailymail", description="data set for FP8 and AWQ scales: name or folder")
+    fusions: bool = Field(default=False, description="reduce_fusion and user_buffer; tensor parallel over NVLink only")
+
+
+EngineSection = Annotated[TransformersEngine | SyntheticEngine | TensorrtLlmEngine, Field(discriminator="kind")]
 
 
 class Precision(Section):
-    weights: Literal["auto", "float32", "bfloat16"] = "auto"
-    kv_cache: Literal["auto", "float32", "bfloat16"] = "auto"
+    weights: Literal["auto", "float32", "bfloat16", "float16", "fp8", "int4_awq"] = "auto"
+    kv_cache: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = "auto"
 
 
 class Limits(Section):
@@ -76,10 +89,34 @@ class KvCache(Section):
     tokens: PositiveInt | None = Field(default=None, description="size in tokens; default: max_batch_size sequences")
     tokens_per_block: PositiveInt = 32
     reuse: bool = Field(default=True, description="share the blocks of equal prefixes")
+    partial_reuse: bool | None = Field(default=None, description="also share a block's first tokens, by copying")
+    free_memory_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="of the GPU memory that is free after the weights; `tokens` caps it"
+    )
+    host_memory_bytes: Annotated[int, Field(ge=0)] = Field(default=0, description="evicted blocks are kept there")
 
 
 class Scheduling(Section):
     chunked_prefill: bool = Field(default=True, description="split long prompts over steps")
+    policy: Literal["guaranteed_no_evict", "max_utilization"] = "guaranteed_no_evict"
+
+
+class Speculative(Section):
+    """Speculative decoding: a small model drafts tokens, the large one checks them in one step."""
+
+    method: Literal["draft_target"]
+    draft_model: str = Field(description="checkpoint folder of the draft model; it shares the model's tokenizer")
+    draft_engine: str | None = Field(default=None, description="folder of the draft's compiled engine")
+    draft_tokens: PositiveInt = Field(default=5, description="tokens drafted before each check")
+    max_batch_size: PositiveInt = Field(default=4, description="with more running sequences nothing is drafted")
+
+
+class Gpu(Section):
+    """The GPUs of one replica. `product` is the node label nvidia.com/gpu.product."""
+
+    product: str
+    count: PositiveInt = 1
+    tensor_parallel: PositiveInt = 1
 
 
 class Fronts(Section):
@@ -119,6 +156,8 @@ class Deployment(Section):
     scheduling: Scheduling = Scheduling()
     fronts: Fronts = Fronts()
     serving: Serving = Serving()
+    speculative: Speculative | None = None
+    gpu: Gpu | None = None
     slo: Slo | None = None
 
     @model_validator(mode="after")
@@ -136,7 +175,79 @@ class Deployment(Section):
             )
         if self.kv_cache.tokens is not None and self.kv_cache.tokens < self.kv_cache.tokens_per_block:
             raise ValueError(f"kv_cache.tokens: {self.kv_cache.tokens} is less than one block")
+        if self.gpu is not None and self.gpu.tensor_parallel != self.gpu.count:
+            raise ValueError(
+                f"gpu.tensor_parallel: {self.gpu.tensor_parallel} is not gpu.count ({self.gpu.count}); one replica "
+                "uses all its GPUs, so give both the same value"
+            )
+        _ENGINE_RULES[self.engine.kind](self)
         return self
+
+
+def _check_without_gpu(deployment: Deployment) -> None:
+    """What `transformers` and `synthetic` cannot do."""
+    kind = deployment.engine.kind
+    for key, value in (("weights", deployment.precision.weights), ("kv_cache", deployment.precision.kv_cache)):
+        if value not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"precision.{key}: engine {kind} cannot do {value!r} (allowed: auto, float32, bfloat16)")
+    cannot = {
+        "kv_cache.partial_reuse": bool(deployment.kv_cache.partial_reuse),
+        "kv_cache.free_memory_fraction": deployment.kv_cache.free_memory_fraction is not None,
+        "kv_cache.host_memory_bytes": deployment.kv_cache.host_memory_bytes > 0,
+        "scheduling.policy": deployment.scheduling.policy != "guaranteed_no_evict",
+        "speculative": deployment.speculative is not None,
+        "gpu": deployment.gpu is not None,
+    }
+    for key, asked in cannot.items():
+        if asked:
+            raise ValueError(f"{key}: engine {kind} cannot do this; remove the key, or choose engine tensorrt_llm")
+
+
+def _check_tensorrt_llm(deployment: Deployment) -> None:
+    """Contradictions that trtllm-build or the Executor would resolve in silence, or refuse late."""
+    precision, kv_cache, speculative = deployment.precision, deployment.kv_cache, deployment.speculative
+    if deployment.gpu is None:
+        raise ValueError("gpu: missing; an engine is compiled for one GPU product and a number of ranks")
+    for key, value in (("weights", precision.weights), ("kv_cache", precision.kv_cache)):
+        if value == "float32":
+            raise ValueError(f"precision.{key}: engine tensorrt_llm cannot do 'float32'; choose bfloat16 or float16")
+    if precision.kv_cache not in ("auto", "fp8", precision.weights):
+        raise ValueError(f"precision.kv_cache: {precision.kv_cache!r} must be auto, fp8 or that of the weights")
+    shared = kv_cache.reuse or deployment.scheduling.chunked_prefill
+    if precision.kv_cache == "fp8" and precision.weights != "fp8" and shared:
+        raise ValueError(
+            f"precision.kv_cache: fp8 with {precision.weights} weights turns paged context attention off, so that "
+            "kv_cache.reuse and scheduling.chunked_prefill must be false; or choose precision.weights: fp8"
+        )
+    if deployment.limits.max_seq_len is None:
+        raise ValueError("limits.max_seq_len: missing; the engine is compiled for one length")
+    if deployment.scheduling.chunked_prefill and deployment.limits.max_num_tokens % kv_cache.tokens_per_block:
+        raise ValueError(
+            f"limits.max_num_tokens: {deployment.limits.max_num_tokens} is not a multiple of "
+            f"kv_cache.tokens_per_block ({kv_cache.tokens_per_block}), which chunked prefill needs"
+        )
+    needs_reuse = {
+        "kv_cache.partial_reuse": bool(kv_cache.partial_reuse),
+        "kv_cache.host_memory_bytes": kv_cache.host_memory_bytes > 0,
+        "speculative": speculative is not None,
+    }
+    for key, asked in needs_reuse.items():
+        if asked and not kv_cache.reuse:
+            raise ValueError(f"{key}: needs kv_cache.reuse: true")
+    if speculative is not None and speculative.draft_engine is None:
+        raise ValueError("speculative.draft_engine: missing; engine tensorrt_llm runs the draft model compiled too")
+    if speculative is not None and speculative.max_batch_size > deployment.limits.max_batch_size:
+        raise ValueError(
+            f"speculative.max_batch_size: {speculative.max_batch_size} is more than limits.max_batch_size "
+            f"({deployment.limits.max_batch_size})"
+        )
+
+
+_ENGINE_RULES: dict[str, Callable[[Deployment], None]] = {
+    "transformers": _check_without_gpu,
+    "synthetic": _check_without_gpu,
+    "tensorrt_llm": _check_tensorrt_llm,
+}
 
 
 def load(path: Path | str) -> Deployment:
@@ -170,7 +281,18 @@ def parse(raw: dict[str, Any], *, source: str, base: Path) -> Deployment:
             "tokenizer": str(base / (model.tokenizer or model.path)),
         }
     )
-    return deployment.model_copy(update={"model": absolute})
+    update: dict[str, Section] = {"model": absolute}
+    if isinstance(deployment.engine, TensorrtLlmEngine):
+        update["engine"] = _absolute(deployment.engine, base, "path")
+    if deployment.speculative is not None:
+        update["speculative"] = _absolute(deployment.speculative, base, "draft_model", "draft_engine")
+    return deployment.model_copy(update=update)
+
+
+def _absolute(section: Section, base: Path, *keys: str) -> Section:
+    """The section with the paths under `keys` (those that are set) starting at `base`."""
+    paths = {key: value for key in keys if (value := getattr(section, key)) is not None}
+    return section.model_copy(update={key: str(base / value) for key, value in paths.items()})
 
 
 def _explain(detail: ErrorDetails) -> str:
@@ -195,7 +317,11 @@ def _explain(detail: ErrorDetails) -> str:
             return f"{key}: {detail['msg']}, not {detail['input']!r}"
 
 
-ENGINES: dict[str, type[Section]] = {"transformers": TransformersEngine, "synthetic": SyntheticEngine}
+ENGINES: dict[str, type[Section]] = {
+    "transformers": TransformersEngine,
+    "synthetic": SyntheticEngine,
+    "tensorrt_llm": TensorrtLlmEngine,
+}
 
 
 def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
