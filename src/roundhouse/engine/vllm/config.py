@@ -1,0 +1,89 @@
+"""Settings of the vLLM engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from roundhouse.engine.base import EngineError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmConfig:
+    """Attributes:
+    model: a Hugging Face model folder.
+    tokenizer: folder of its tokenizer; None switches guided decoding off, the only thing here that needs one.
+    dtype: of weights and activations; auto is the checkpoint's.
+    quantization: how vLLM quantises the weights while it loads them; None leaves them as they are.
+    kv_dtype: of the KV cache; auto is that of the activations.
+    max_batch_size: sequences that generate at the same time.
+    max_seq_len: prompt and answer, in tokens; None is the model's own.
+    max_num_tokens: tokens of one step, prefill and decode together.
+    max_queue: told to the fronts in EngineInfo; the engine process enforces it.
+    tokens_per_block: tokens of a KV block.
+    kv_tokens: size of the KV cache in tokens; None is what memory_fraction leaves after the weights.
+    reuse: share the KV blocks of equal prefixes (prefix caching).
+    memory_fraction: of the GPU's whole memory, for weights, activations and KV cache; None is vLLM's default.
+    tensor_parallel: GPUs that share the model.
+    eager: no compilation and no CUDA graphs: loads fast, runs slow.
+    load_format: dummy draws random weights, for benchmarks.
+    speculative: vLLM's speculative_config; None is no speculation.
+    """
+
+    model: Path | str
+    tokenizer: Path | str | None = None
+    trust_remote_code: bool = False
+    dtype: str = "auto"
+    quantization: str | None = None
+    kv_dtype: str = "auto"
+    max_batch_size: int = 64
+    max_seq_len: int | None = None
+    max_num_tokens: int = 2048
+    max_queue: int = 512
+    chunked_prefill: bool = True
+    tokens_per_block: int = 16
+    kv_tokens: int | None = None
+    reuse: bool = True
+    memory_fraction: float | None = None
+    tensor_parallel: int = 1
+    eager: bool = False
+    load_format: Literal["auto", "dummy"] = "auto"
+    speculative: dict[str, Any] | None = None
+
+
+def engine_arguments(config: VllmConfig) -> dict[str, Any]:
+    """The keyword arguments of vLLM's EngineArgs. Raises EngineError if the limits contradict each other."""
+    if config.max_num_tokens < config.max_batch_size:
+        raise EngineError(
+            f"limits.max_num_tokens: {config.max_num_tokens} is less than limits.max_batch_size "
+            f"({config.max_batch_size}); each running sequence needs one token a step"
+        )
+    arguments: dict[str, Any] = {
+        "model": str(config.model),
+        "tokenizer": str(config.tokenizer or config.model),
+        "skip_tokenizer_init": config.tokenizer is None,
+        "trust_remote_code": config.trust_remote_code,
+        "dtype": config.dtype,
+        "quantization": config.quantization,
+        "kv_cache_dtype": config.kv_dtype,
+        "max_num_seqs": config.max_batch_size,
+        "max_num_batched_tokens": config.max_num_tokens,
+        "enable_chunked_prefill": config.chunked_prefill,
+        "enable_prefix_caching": config.reuse,
+        "block_size": config.tokens_per_block,
+        "tensor_parallel_size": config.tensor_parallel,
+        "distributed_executor_backend": "uni" if config.tensor_parallel == 1 else "mp",
+        "enforce_eager": config.eager,
+        "load_format": config.load_format,
+        "scheduling_policy": "priority",
+        "speculative_config": config.speculative,
+        "generation_config": "vllm",  # a request says all that it wants; the model folder adds nothing
+    }
+    if config.max_seq_len is not None:
+        arguments["max_model_len"] = config.max_seq_len
+    if config.memory_fraction is not None:
+        arguments["gpu_memory_utilization"] = config.memory_fraction
+    if config.kv_tokens is not None:  # vLLM keeps one block for itself
+        arguments["num_gpu_blocks_override"] = config.kv_tokens // config.tokens_per_block + 1
+    return arguments
