@@ -46,6 +46,19 @@ def render(
 
 
 @app.command()
+def plan(deployment: DeploymentPath) -> None:
+    """Print what fits on the GPUs of a deployment: weights, KV cache, sequences. Exit code 1 if it does not fit."""
+    from roundhouse import deployment as deployments
+    from roundhouse import plan as planning
+
+    try:
+        print("\n".join(planning.plan(deployments.load(deployment)).lines()))
+    except (deployments.DeploymentError, planning.PlanError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@app.command()
 def serve(
     deployment: DeploymentPath = DEFAULT,
     http_port: int = 8000,
