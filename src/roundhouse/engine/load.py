@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from roundhouse.deployment import Deployment, SyntheticEngine, TransformersEngine
+from roundhouse.deployment import Deployment, SyntheticEngine, TransformersEngine, VllmEngine
 from roundhouse.engine.base import Engine
 
 
@@ -11,6 +11,8 @@ def load_engine(deployment: Deployment) -> Engine:
     section = deployment.engine
     if isinstance(section, TransformersEngine):
         return _transformers(deployment, section)
+    if isinstance(section, VllmEngine):
+        return _vllm(deployment, section)
     return _synthetic(deployment, section)
 
 
@@ -57,3 +59,10 @@ def _synthetic(deployment: Deployment, section: SyntheticEngine) -> Engine:
             **settings,
         )
     )
+
+
+def _vllm(deployment: Deployment, section: VllmEngine) -> Engine:
+    from roundhouse.engine.vllm.config import of_deployment
+    from roundhouse.engine.vllm.engine import VllmEngine as Vllm
+
+    return Vllm(of_deployment(deployment, section))

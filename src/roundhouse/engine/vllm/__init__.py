@@ -2,5 +2,5 @@
 
 import os
 
-# The engine core runs in the engine process itself. On CPUs vLLM would otherwise put the model into yet another process.
+# The engine core runs in the engine process itself. On a CPU vLLM would otherwise move the model to one more process.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

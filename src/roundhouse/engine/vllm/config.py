@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from roundhouse.deployment import Deployment
+from roundhouse.deployment import VllmEngine as VllmSection
 from roundhouse.engine.base import EngineError
 
 
@@ -87,3 +89,45 @@ def engine_arguments(config: VllmConfig) -> dict[str, Any]:
     if config.kv_tokens is not None:  # vLLM keeps one block for itself
         arguments["num_gpu_blocks_override"] = config.kv_tokens // config.tokens_per_block + 1
     return arguments
+
+
+def of_deployment(deployment: Deployment, section: VllmSection) -> VllmConfig:
+    """The settings that a checked deployment asks for."""
+    weights, kv_cache = deployment.precision.weights, deployment.precision.kv_cache
+    return VllmConfig(
+        model=deployment.model.path,
+        tokenizer=deployment.model.tokenizer,
+        trust_remote_code=deployment.model.trust_remote_code,
+        dtype="bfloat16" if weights == "fp8" else weights,
+        quantization="fp8" if weights == "fp8" else None,
+        kv_dtype=section.fp8_kv_format if kv_cache == "fp8" else "auto",
+        max_batch_size=deployment.limits.max_batch_size,
+        max_seq_len=deployment.limits.max_seq_len,
+        max_num_tokens=deployment.limits.max_num_tokens,
+        max_queue=deployment.limits.queue,
+        chunked_prefill=deployment.scheduling.chunked_prefill,
+        tokens_per_block=deployment.kv_cache.tokens_per_block,
+        kv_tokens=deployment.kv_cache.tokens,
+        reuse=deployment.kv_cache.reuse,
+        memory_fraction=section.memory_fraction,
+        tensor_parallel=deployment.gpu.tensor_parallel if deployment.gpu else 1,
+        eager=section.eager,
+        load_format=section.load_format,
+        speculative=_speculative(deployment, section),
+    )
+
+
+def _speculative(deployment: Deployment, section: VllmSection) -> dict[str, Any] | None:
+    if section.ngram is not None:
+        return {
+            "method": "ngram",
+            "num_speculative_tokens": section.ngram.draft_tokens,
+            "prompt_lookup_max": section.ngram.longest,
+        }
+    if deployment.speculative is not None:
+        return {
+            "method": "draft_model",
+            "model": deployment.speculative.draft_model,
+            "num_speculative_tokens": deployment.speculative.draft_tokens,
+        }
+    return None
