@@ -27,6 +27,7 @@ from roundhouse.engine.client import EngineMonitor
 
 IDLE_SECONDS = 2.0  # how long the engine must be idle while draining before what is left counts as leaked
 PROGRESS_SECONDS = 10.0
+NOISE = ("pinned memory", "CUDA memory", "CudaDriver", "CUDA driver", "NVML", "GPU metrics", "Cache metrics", "DCGM")
 
 
 class ServeError(Exception):
@@ -160,9 +161,7 @@ class Server:
 
 def _is_noise(line: str) -> bool:
     """Warnings that say only that there is no GPU, or that cache metrics are off."""
-    return any(
-        text in line for text in ("pinned memory", "CUDA memory", "NVML", "GPU metrics", "Cache metrics", "DCGM")
-    )
+    return any(text in line for text in NOISE)
 
 
 def _command(triton: tritonserver.Triton, models: Path, addresses: Addresses, drain_seconds: int) -> list[str]:

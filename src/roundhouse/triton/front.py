@@ -169,8 +169,12 @@ class Front:
                 self._stop_job(note.request_id)
                 continue
             stream = self._streams.get(note.stream)
-            if stream is not None:
+            if stream is None:
+                continue
+            if isinstance(note, Passed):
                 self._passed(stream, note)
+            elif not stream.job.cancelled:
+                self._cancel(stream.job)
 
     def _passed(self, stream: Stream, note: Passed) -> None:
         sent = stream.unacknowledged.pop(note.chunk, None)

@@ -21,13 +21,19 @@ class Passed(msgspec.Struct, frozen=True, tag=True):
     chunk: int
 
 
+class Gone(msgspec.Struct, frozen=True, tag=True):
+    """The client of the stream `stream` has gone away: Triton tells postprocessing, but not the step before it."""
+
+    stream: int
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """End the requests with this id: a client has sent `stop` to one of the fronts."""
 
     request_id: str
 
 
-Note = Passed | Stop
+Note = Passed | Gone | Stop
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Note] = msgspec.msgpack.Decoder(Note)
 
