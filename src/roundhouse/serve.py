@@ -24,8 +24,10 @@ from rich.console import Console
 from roundhouse import deployment as deployments
 from roundhouse import repository, tritonserver
 from roundhouse.engine.client import EngineMonitor
+from roundhouse.engine.runtime import DRAINING, runtime_dir
 
-IDLE_SECONDS = 2.0  # how long the engine must be idle while draining before what is left counts as leaked
+IDLE_SECONDS = 1.0  # how long the engine must be idle before all answers have surely reached their clients
+EXIT_SECONDS = 2  # Triton's own time to end after that: requests whose clients have gone would keep it for ever
 PROGRESS_SECONDS = 10.0
 NOISE = ("pinned memory", "CUDA memory", "CudaDriver", "CUDA driver", "NVML", "GPU metrics", "Cache metrics", "DCGM")
 
@@ -79,7 +81,7 @@ class Server:
         self._verbose = verbose
         self.errors: deque[str] = deque(maxlen=200)
         self.process = subprocess.Popen(
-            _command(triton, models, addresses, drain_seconds),
+            _command(triton, models, addresses),
             env=triton.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -114,24 +116,32 @@ class Server:
         return "\n".join(causes[:4] or list(self.errors)[-10:]) or f"tritonserver ended with {self.process.returncode}"
 
     def drain(self) -> int:
-        """Let open streams finish, refuse new requests, end. Returns the exit code: 0 after a drain."""
-        self.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + self.drain_seconds + 5
+        """Let open streams finish, refuse new requests, end. Returns the exit code: 0 after a drain.
+
+        Triton hears of it last: from its SIGTERM on it would refuse the steps of an ensemble that is still streaming.
+        """
+        (runtime_dir(self.process.pid) / DRAINING).touch()
+        self._wait_idle()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.terminate()
+            self.process.wait(timeout=EXIT_SECONDS)
+        self.kill()
+        return 0
+
+    def _wait_idle(self) -> None:
+        """Until the engine has had nothing to do for IDLE_SECONDS; for drain_seconds at most."""
+        deadline = time.monotonic() + self.drain_seconds
+        idle_since = time.monotonic()
         monitor = EngineMonitor(self.process.pid)
-        idle_since = None
         while self.process.poll() is None and time.monotonic() < deadline:
             stats = monitor.stats()
             now = time.monotonic()
             if stats is not None and stats.active + stats.waiting:
-                idle_since = None
-            elif idle_since is None:
                 idle_since = now
             elif now - idle_since > IDLE_SECONDS:
-                break  # Triton waits for ensemble requests whose clients have gone: it would do so for ever
+                break
             time.sleep(0.05)
         monitor.close()
-        self.kill()
-        return 0
 
     def kill(self) -> None:
         """End the server and all that it started, at once."""
@@ -164,7 +174,7 @@ def _is_noise(line: str) -> bool:
     return any(text in line for text in NOISE)
 
 
-def _command(triton: tritonserver.Triton, models: Path, addresses: Addresses, drain_seconds: int) -> list[str]:
+def _command(triton: tritonserver.Triton, models: Path, addresses: Addresses) -> list[str]:
     return [
         str(triton.binary),
         f"--model-repository={models}",
@@ -175,7 +185,7 @@ def _command(triton: tritonserver.Triton, models: Path, addresses: Addresses, dr
         f"--grpc-port={addresses.grpc_port}",
         f"--metrics-address={addresses.metrics_address}",
         f"--metrics-port={addresses.metrics_port}",
-        f"--exit-timeout-secs={drain_seconds}",
+        f"--exit-timeout-secs={EXIT_SECONDS}",
         "--model-control-mode=none",
         "--exit-on-error=true",
         "--allow-cpu-metrics=false",

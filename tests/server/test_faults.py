@@ -74,7 +74,7 @@ def test_fifty_disconnects_leave_nothing_behind_and_sigterm_drains(start: Start)
     assert refused
     assert replies[-1].error is None
     assert replies[-1].final
-    assert len("".join(reply.text for reply in replies)) > 100
+    assert len(replies) > 150  # 200 tokens, one by one
 
 
 def test_the_engine_killed_under_32_streams_comes_back(start: Start) -> None:

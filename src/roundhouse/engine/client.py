@@ -35,8 +35,6 @@ from roundhouse.engine.protocol import (
 )
 from roundhouse.engine.runtime import runtime_dir
 
-__all__ = ["EngineClient", "EngineMonitor", "runtime_dir"]
-
 TEND_SECONDS = 0.05
 HELLO_SECONDS = 1.0  # a Hello without an answer is said again on a new connection
 PROGRESS_SECONDS = 10.0

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from roundhouse.deployment import Deployment, SyntheticEngine, TransformersEngine, VllmEngine
-from roundhouse.engine.base import Engine
+from typing import TYPE_CHECKING, cast
+
+from roundhouse.deployment import Deployment, SyntheticEngine, TensorrtLlmEngine, TransformersEngine, VllmEngine
+from roundhouse.engine.base import Engine, EngineError
+
+if TYPE_CHECKING:
+    from roundhouse.engine.embedded.config import DType
 
 
 def load_engine(deployment: Deployment) -> Engine:
     """Load the engine of a deployment. Raises EngineError if it cannot be loaded; the message says what to change."""
-    section = deployment.engine
-    if isinstance(section, TransformersEngine):
-        return _transformers(deployment, section)
-    if isinstance(section, VllmEngine):
-        return _vllm(deployment, section)
-    return _synthetic(deployment, section)
+    match deployment.engine:
+        case TransformersEngine() as section:
+            return _transformers(deployment, section)
+        case SyntheticEngine() as section:
+            return _synthetic(deployment, section)
+        case VllmEngine() as section:
+            return _vllm(deployment, section)
+        case TensorrtLlmEngine():
+            raise EngineError("engine.kind: tensorrt_llm cannot be served yet; choose vllm, transformers or synthetic")
 
 
 def _transformers(deployment: Deployment, section: TransformersEngine) -> Engine:
@@ -24,8 +32,8 @@ def _transformers(deployment: Deployment, section: TransformersEngine) -> Engine
     return EmbeddedEngine(
         EmbeddedConfig(
             model=deployment.model.path,
-            dtype=deployment.precision.weights,
-            kv_dtype=deployment.precision.kv_cache,
+            dtype=cast("DType", deployment.precision.weights),  # the schema allows this engine no others
+            kv_dtype=cast("DType", deployment.precision.kv_cache),
             max_batch_size=limits.max_batch_size,
             max_seq_len=limits.max_seq_len,
             max_num_tokens=limits.max_num_tokens,
@@ -44,7 +52,10 @@ def _synthetic(deployment: Deployment, section: SyntheticEngine) -> Engine:
     from roundhouse.text.tokenizer import Tokenizer
 
     model = deployment.model
-    tokenizer = Tokenizer.load(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code)
+    try:
+        tokenizer = Tokenizer.load(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"model.tokenizer: {error}") from error
     settings = section.model_dump(exclude={"kind"})
     limits, cache = deployment.limits, deployment.kv_cache
     return SyntheticEngine(

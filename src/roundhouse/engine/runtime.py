@@ -17,6 +17,7 @@ SECRET = "secret"
 LOCK = "engine.lock"
 PID = "engine.pid"
 FAILURE = "engine.failure"
+DRAINING = "draining"  # exists once the server takes no more requests
 
 
 def runtime_dir(server_pid: int) -> Path:

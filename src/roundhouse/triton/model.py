@@ -13,8 +13,9 @@ import triton_python_backend_utils as pb_utils
 
 from roundhouse import deployment
 from roundhouse.engine.base import RequestError
-from roundhouse.engine.client import EngineClient, runtime_dir
+from roundhouse.engine.client import EngineClient
 from roundhouse.engine.protocol import Error, ErrorCode
+from roundhouse.engine.runtime import DRAINING, runtime_dir
 from roundhouse.text.detokenize import Detokenizer
 from roundhouse.text.tokenizer import Tokenizer
 from roundhouse.triton import backend
@@ -24,6 +25,7 @@ from roundhouse.triton.generation import Generation
 from roundhouse.triton.metrics import Metrics
 from roundhouse.triton.stream import Form, Job
 
+STOPPING = "the server is stopping and takes no new requests; send it to another server, or again in a while"
 NOT_DECOUPLED = "Streaming is only supported if model is deployed using decoupled mode."
 
 
@@ -65,6 +67,8 @@ class StreamingModel:
         server_pid = os.getppid()
         client = EngineClient(settings.deployment_path, settings.instance, server_pid, log=backend.log_info)
         self.info = client.start()
+        folder = runtime_dir(server_pid)
+        self._draining = folder / DRAINING
         detokenizer = Detokenizer(self.tokenizer, self.skip_special_tokens)
         if not detokenizer.incremental:
             backend.log_warning("the tokenizer's decoder is of an unknown kind: all text comes with the last chunk")
@@ -78,7 +82,7 @@ class StreamingModel:
             client,
             detokenizer,
             self.metrics,
-            folder=runtime_dir(server_pid),
+            folder=folder,
             number=os.getpid(),
             responses_per_second=settings.deployment.fronts.responses_per_second,
             log=backend.log_warning,
@@ -124,6 +128,8 @@ class StreamingModel:
         tensors = backend.inputs(request)
         if self.handle_stop(tensors, request, sender):
             return
+        if self._draining.exists():
+            raise RequestError(ErrorCode.UNAVAILABLE, STOPPING)
         form = self.form_of(tensors)
         batch = batch_of(self.fields_of(tensors), labels=self.labels(form))
         if len(batch) > 1 and not self.decoupled:

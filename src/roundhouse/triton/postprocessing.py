@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from roundhouse.engine.base import RequestError
-from roundhouse.engine.client import runtime_dir
 from roundhouse.engine.protocol import Error, ErrorCode
+from roundhouse.engine.runtime import runtime_dir
 from roundhouse.text.detokenize import Detokenizer
 from roundhouse.triton import backend
 from roundhouse.triton.fields import Array, refuse
