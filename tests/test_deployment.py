@@ -1,0 +1,83 @@
+"""The deployment file: what is wrong is named by its key, and the shipped ones are right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from roundhouse import deployment as deployments
+from roundhouse.deployment import DeploymentError, TransformersEngine
+
+SHIPPED = sorted((Path(__file__).parents[1] / "deployments").glob("*.yaml"))
+SMALL: dict[str, Any] = {"model": {"path": "m"}, "engine": {"kind": "transformers"}}
+
+
+def parse(**changes: Any) -> deployments.Deployment:
+    return deployments.parse({**SMALL, **changes}, source="x.yaml", base=Path("/base"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_shipped_deployments_are_right(path: Path) -> None:
+    assert deployments.load(path)
+
+
+def test_paths_start_at_the_file() -> None:
+    parsed = parse()
+    assert parsed.model.path == "/base/m"
+    assert parsed.model.tokenizer == "/base/m"
+    assert isinstance(parsed.engine, TransformersEngine)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"limit": {}}, "limit: unknown key; did you mean 'limits'?"),
+        ({"limits": {"max_batch": 4}}, "limits.max_batch: unknown key; did you mean 'max_batch_size'?"),
+        ({"limits": {"max_batch_size": 0}}, "limits.max_batch_size"),
+        ({"limits": {"max_batch_size": "4"}}, "limits.max_batch_size"),
+        ({"limits": {"max_batch_size": 64, "max_num_tokens": 32}}, "limits.max_num_tokens: 32 is less than"),
+        ({"limits": {"max_seq_len": 4096}, "scheduling": {"chunked_prefill": False}}, "scheduling.chunked_prefill"),
+        ({"engine": {"kind": "vlm"}}, "engine.kind: must be one of transformers, synthetic, tensorrt_llm, vllm"),
+        ({"engine": {}}, "engine.kind: must be one of"),
+        ({"engine": {"kind": "transformers", "thread": 2}}, "engine.thread: unknown key; did you mean 'threads'?"),
+        ({"precision": {"weights": "fp8"}}, "precision.weights: engine transformers cannot do 'fp8'"),
+        ({"kv_cache": {"tokens": 8}}, "kv_cache.tokens: 8 is less than one block"),
+        ({"kv_cache": {"partial_reuse": True}}, "kv_cache.partial_reuse: engine transformers cannot do this"),
+        ({"serving": {"ensemble": "fast"}}, "serving.ensemble"),
+        ({"slo": {"ttft_ms": 5}}, "slo.itl_ms: missing"),
+        ({"gpu": {"product": "H200", "count": 2, "tensor_parallel": 1}}, "gpu.tensor_parallel: 1 is not gpu.count"),
+        ({"engine": {"kind": "tensorrt_llm", "path": "e"}}, "gpu: missing"),
+        ({"engine": {"kind": "vllm"}}, "scheduling.policy: vLLM admits what fits now"),
+    ],
+)
+def test_what_is_wrong_is_named(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(DeploymentError) as caught:
+        parse(**changes)
+    assert says in str(caught.value)
+
+
+def test_every_problem_has_its_line() -> None:
+    with pytest.raises(DeploymentError) as caught:
+        parse(limits={"queue": -1, "max_batch_size": 0}, nonsense=1)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("x.yaml: ") for line in lines)
+
+
+@pytest.mark.parametrize(("text", "says"), [("[1]", "must be a mapping"), ("a: [", "not valid YAML")])
+def test_what_is_no_deployment_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "d.yaml"
+    path.write_text(text)
+    with pytest.raises(DeploymentError, match=says):
+        deployments.load(path)
+    with pytest.raises(DeploymentError, match="cannot be read"):
+        deployments.load(tmp_path / "none.yaml")
+
+
+def test_what_check_prints_is_a_deployment_again() -> None:
+    parsed = deployments.load(SHIPPED[0])
+    again = yaml.safe_load(yaml.safe_dump(parsed.model_dump(exclude_none=True)))
+    assert deployments.parse(again, source="x", base=Path("/")) == parsed
