@@ -237,13 +237,15 @@ def rates(answers: list[Answer], warm_up: float, seconds: float) -> dict[str, fl
     total = sum(got.values())
     ordered = sorted(got.values())
     first = sorted(answer.times[0] - answer.sent for answer in answers if answer.times and answer.sent >= start)
-    return {
+    result = {
         "tokens_per_second": round(total / seconds, 1),
         "responses_per_second": round(responses / seconds, 1),
         "tokens_per_response": round(total / max(responses, 1), 2),
         "slowest_stream_of_median": round(ordered[0] / statistics.median(ordered), 3),
-        "ttft_p50_ms": round(1e3 * statistics.median(first), 2) if first else float("nan"),
     }
+    if first:  # long answers: none may have begun in this time
+        result["ttft_p50_ms"] = round(1e3 * statistics.median(first), 2)
+    return result
 
 
 def capacity(args: argparse.Namespace) -> dict[str, Any]:
@@ -368,7 +370,8 @@ def _alone(texts: list[str], streams: int, seconds: float, max_tokens: int) -> d
 
 
 def median_of(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    shared = [key for key in runs[0] if all(key in run for run in runs)]
+    return {key: statistics.median(run[key] for run in runs) for key in shared}
 
 
 # --- results ------------------------------------------------------------------------------------------
@@ -415,7 +418,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15, help="measured time of each run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=256, help="length of the embedded engine's answers")
-    parser.add_argument("--responses-per-second", type=int, default=1000, help="pace of the embedded engine's front")
+    parser.add_argument("--responses-per-second", type=int, default=500, help="pace of the embedded engine's front")
     args = parser.parse_args()
     result = {"part": args.part, "machine": machine(), "command": sys.argv, "settings": vars(args)}
     result |= {"capacity": capacity, "latency": latency, "embedded": embedded}[args.part](args)

@@ -1,0 +1,71 @@
+"""What the README says is so: its commands exist, its tensors are served, its figures are the measured ones."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from roundhouse import repository
+from roundhouse.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def measured(part: str) -> Any:
+    return json.loads((ROOT / f"docs/benchmarks/path-{part}.json").read_text())
+
+
+def test_it_opens_with_the_two_commands() -> None:
+    assert README.index("scripts/quickstart") < README.index("scripts/test") < 300
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"(?:scripts|deployments)/[\w./-]+\w", README))))
+def test_the_files_exist(name: str) -> None:
+    assert (ROOT / name).exists() or name == "deployments/mine.yaml"
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README))))
+def test_the_links_lead_somewhere(link: str) -> None:
+    assert (ROOT / link).exists()
+
+
+@pytest.mark.parametrize("folder", re.findall(r"^(\w+)/ ", README, flags=re.MULTILINE))
+def test_the_folders_exist(folder: str) -> None:
+    assert any((ROOT / folder).iterdir())
+
+
+def test_the_tensors_of_the_contract_are_served() -> None:
+    config = repository.read(ROOT / "model_repository/ensemble")
+    served = {tensor.name for tensor in (*config.input, *config.output)}
+    contract = README[README.index("## The contract") : README.index("`tensorrt_llm` takes and gives")]
+    rows = [line.split("|")[1] for line in contract.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)} - {"lora_", "guided_decoding_"}
+    assert len(named) > 25
+    assert named <= served
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`roundhouse (\w+)`", README)) | {"serve", "check", "plan"}))
+def test_the_commands_exist(command: str) -> None:
+    if f"`roundhouse {command}` and `tune`" in README:
+        pytest.skip("named as not done")
+    assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+def test_the_figures_are_the_measured_ones() -> None:
+    capacity, latency, embedded = measured("capacity"), measured("latency"), measured("embedded")["64 streams"]
+    models = ("tensorrt_llm_bls", "ensemble")
+    alone = embedded["engine alone"]["median"]["tokens_per_second"]
+    rows = [
+        [f"{capacity[model]['median']['delivered_percent']:.0f} %" for model in models],
+        [f"{latency[model]['added_ms']['p50']:.1f} ms" for model in models],
+        [f"{100 * embedded[model]['median']['tokens_per_second'] / alone:.0f} %" for model in models],
+    ]
+    for row in rows:
+        assert f"| {row[0]} | {row[1]} |" in README
+    assert f"({alone:,.0f} tokens/s)" in README
