@@ -51,7 +51,7 @@ def test_8b_on_an_80_gb_gpu_leaves_a_million_tokens(tmp_path: Path) -> None:
 
 def test_70b_on_two_80_gb_gpus_leaves_half_a_million_tokens(tmp_path: Path) -> None:
     result = plan(load(tmp_path, "llama-3-70b-2xh100"))
-    assert result.weights / 1e9 == pytest.approx(36.4, abs=0.05)
+    assert result.weights / 1e9 == pytest.approx(36.4, abs=0.1)
     assert result.kv_bytes_per_token == 80 * 1024
     assert result.kv_tokens == pytest.approx(0.50e6, rel=0.02)
 
@@ -73,7 +73,7 @@ def test_shipped_deployments_fit(tmp_path: Path, name: str) -> None:
 
 
 def test_too_few_gpus_are_refused_with_the_number_that_would_do(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"gpu\.tensor_parallel: 1 x NVIDIA-L40S .* 4 would do"):
+    with pytest.raises(PlanError, match=r"gpu\.tensor_parallel: 1 x NVIDIA-L40S .* 2 would do"):
         plan(load(tmp_path, "llama-3-70b-2xh100", gpu={"product": "NVIDIA-L40S", "count": 1, "tensor_parallel": 1}))
 
 

@@ -7,6 +7,7 @@ The schema is strict. Whatever is wrong is reported with the path of its key and
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -326,13 +327,8 @@ def parse(raw: dict[str, Any], *, source: str, base: Path) -> Deployment:
         lines = [f"{source}: {_explain(detail)}" for detail in error.errors()]
         raise DeploymentError("\n".join(lines)) from None
     model = deployment.model
-    absolute = model.model_copy(
-        update={
-            "path": str(base / model.path),
-            "tokenizer": str(base / (model.tokenizer or model.path)),
-        }
-    )
-    update: dict[str, Section] = {"model": absolute}
+    model = model.model_copy(update={"tokenizer": model.tokenizer or model.path})
+    update: dict[str, Section] = {"model": _absolute(model, base, "path", "tokenizer")}
     if isinstance(deployment.engine, TensorrtLlmEngine):
         update["engine"] = _absolute(deployment.engine, base, "path")
     if deployment.speculative is not None:
@@ -343,7 +339,7 @@ def parse(raw: dict[str, Any], *, source: str, base: Path) -> Deployment:
 def _absolute(section: Section, base: Path, *keys: str) -> Section:
     """The section with the paths under `keys` (those that are set) starting at `base`."""
     paths = {key: value for key in keys if (value := getattr(section, key)) is not None}
-    return section.model_copy(update={key: str(base / value) for key, value in paths.items()})
+    return section.model_copy(update={key: os.path.normpath(base / value) for key, value in paths.items()})
 
 
 def _explain(detail: ErrorDetails) -> str:
