@@ -33,11 +33,19 @@ class QueueClient:
         self.submitted: list[Request] = []
         self.cancelled: list[int] = []
         self._outputs: list[Output] = []
+        self._lock = threading.Lock()
         self._event = threading.Event()
 
     def give(self, *outputs: Output) -> None:
-        self._outputs += outputs
+        with self._lock:
+            self._outputs += outputs
         self._event.set()
+
+    def wait_taken(self) -> None:
+        """Until the front has taken what was given: it deals with it before it looks at its mailbox again."""
+        deadline = time.monotonic() + 5
+        while self._outputs and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def submit(self, requests: Sequence[Request]) -> None:
         self.submitted += requests
@@ -49,7 +57,8 @@ class QueueClient:
     def poll(self, timeout: float) -> list[Output]:
         self._event.wait(min(timeout, 0.01))  # short, for it does not watch the mailbox
         self._event.clear()
-        outputs, self._outputs = self._outputs, []
+        with self._lock:
+            outputs, self._outputs = self._outputs, []
         return outputs
 
     def wake(self) -> None:
@@ -180,6 +189,7 @@ def test_a_stop_order_completes_the_request_with_what_it_has(front: Front, clien
     made.request_id = "seven"
     id = submit(front, client, made)
     client.give(Output(id=id, tokens=TOKENIZER.encode("half", False)))
+    client.wait_taken()
     front.stop("six")
     front.stop("seven")
     assert sender.finished.wait(2)
