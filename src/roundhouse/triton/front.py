@@ -111,11 +111,10 @@ class Front:
     def _run(self) -> None:
         while not self._closing:
             try:
-                outputs = self._client.poll(self._timeout())
+                for output in self._client.poll(self._timeout()):
+                    self._take(output)
                 self._take_orders()
                 self._read_mail()
-                for output in outputs:
-                    self._take(output)
                 self._send()
                 self._look_after_clients()
                 self._metrics.publish(self._client.stats, self._client.restarts)
