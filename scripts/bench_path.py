@@ -85,8 +85,8 @@ def serving(deployment: dict[str, Any]) -> Iterator[tuple[str, psutil.Process]]:
             server.wait(timeout=60)
 
 
-def wait_ready(url: str, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
+def wait_ready(url: str, server: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise SystemExit(f"the server ended with code {server.returncode} before it was ready")
@@ -95,7 +95,7 @@ def wait_ready(url: str, server: subprocess.Popen[bytes]) -> None:
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
-    raise SystemExit("the server was not ready within 120 s")
+    raise SystemExit(f"the server was not ready within {seconds:.0f} s")
 
 
 def memory_mb(process: psutil.Process) -> float:

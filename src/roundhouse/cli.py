@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "deployments/local-cpu.yaml"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+rendering = typer.Typer(no_args_is_help=True, help="Write what is derived from a deployment.")
+app.add_typer(rendering, name="render")
 DeploymentPath = Annotated[Path, typer.Argument(help="deployment file")]
 
 
@@ -30,8 +32,8 @@ def check(deployment: DeploymentPath = DEFAULT) -> None:
     print(yaml.safe_dump(parsed.model_dump(exclude_none=True), sort_keys=False), end="")
 
 
-@app.command()
-def render(
+@rendering.command("models")
+def render_models(
     deployment: DeploymentPath, output: Annotated[Path, typer.Option(help="folder to write; must not exist")]
 ) -> None:
     """Write the model repository of a deployment."""
@@ -40,6 +42,33 @@ def render(
 
     try:
         repository.render(deployments.load(deployment), deployment, output)
+    except (deployments.DeploymentError, FileExistsError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@rendering.command("k8s")
+def render_k8s(
+    deployment: DeploymentPath,
+    output: Annotated[Path, typer.Option(help="folder to write; must not exist")],
+    image: Annotated[str, typer.Option(help="NAME@sha256:DIGEST, or roundhouse:local")],
+    trtllm_version: Annotated[str, typer.Option(help="of the image: engines are kept by it")] = "unknown",
+    namespace: str = "roundhouse",
+    component: Annotated[list[str] | None, typer.Option("--with", help="a component; may be given again")] = None,
+) -> None:
+    """Write a kustomize overlay for a deployment."""
+    from roundhouse import deployment as deployments
+    from roundhouse import kubernetes
+
+    try:
+        kubernetes.render(
+            deployments.load(deployment),
+            output,
+            image=image,
+            trtllm_version=trtllm_version,
+            namespace=namespace,
+            components=tuple(component or ()),
+        )
     except (deployments.DeploymentError, FileExistsError) as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None

@@ -1,0 +1,553 @@
+#!/usr/bin/env python3
+"""Measure on a GPU what a serving path leaves of the engine's token rate, closed loop, streaming.
+
+    scripts/bench_gpu.py --precision fp8 --targets raw,vllm-4,roundhouse --streams 1,64,256,512
+
+Targets: `raw` (vLLM's engine core stepped without a server), `vllm-1` and `vllm-4` (`vllm serve` with so many API
+servers), `vllm-rust` (its Rust front end), `roundhouse` (`tensorrt_llm_bls` and `ensemble` of one server). All of them
+get the same model (Llama-3-8B shape, random weights, a tokenizer of 128,256 entries that this script makes), the same
+engine settings, prompts of 512 tokens and answers of 256, sampled at temperature 1. Each stream's first answer has
+another length, so that the streams do not march in step. Clients are processes of their own on the same machine.
+
+ROUNDHOUSE_ENGINE_PYTHON names the interpreter that has vLLM (default: this one). Writes
+docs/benchmarks/gpu-PRECISION.json (targets that were not asked for keep their figures) and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import yaml
+from bench_path import free_port, machine, wait_ready
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "docs/benchmarks"
+ENGINE_PYTHON = os.environ.get("ROUNDHOUSE_ENGINE_PYTHON", sys.executable)
+PROMPT, ANSWER = 512, 256  # tokens
+CLIENTS = 8  # processes
+VOCABULARY, SPECIAL = 128256, 256
+MODELS = ("tensorrt_llm_bls", "ensemble")
+PERCENTILES = (50, 95, 99)
+SETTINGS = {"memory_fraction": 0.9, "max_batch_size": 512, "max_seq_len": 2048, "max_num_tokens": 8192}
+FRONTS = {"preprocessing": 2, "tensorrt_llm": 4, "postprocessing": 4, "tensorrt_llm_bls": 4}
+
+
+# --- the model: a real shape and a real tokenizer, random weights -----------------------------------------
+
+
+def make_model(folder: Path) -> None:
+    """A model folder without weights, for `load_format: dummy`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": VOCABULARY - SPECIAL,
+        "eos_token_id": VOCABULARY - SPECIAL + 1,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    (folder / "tokenizer.json").write_text(make_tokenizer())
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special(0), "eos_token": special(1)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+
+
+def special(index: int) -> str:
+    return f"<|special_{index}|>"
+
+
+def make_tokenizer() -> str:
+    """A byte-level BPE tokenizer as JSON: 256 bytes, merges of made-up words, special tokens; 128,256 entries."""
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    chance = random.Random(3)
+    entries = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {entry: index for index, entry in enumerate(entries)}
+    inner = list("abcdefghijklmnopqrstuvwxyz")  # what a merge may end with
+    first = [*inner, "\u0120"]  # a leading space as byte-level BPE writes it
+    merges: list[tuple[str, str]] = []
+    while len(vocabulary) < VOCABULARY - SPECIAL:
+        left, right = chance.choice(first), chance.choice(inner)
+        if len(left) + len(right) > 12 or left + right in vocabulary:
+            continue
+        vocabulary[left + right] = len(vocabulary)
+        merges.append((left, right))
+        first.append(left + right)
+        if not left.startswith("\u0120"):
+            inner.append(left + right)
+    tokenizer = Tokenizer(BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(special(index), special=True) for index in range(SPECIAL)])
+    return str(tokenizer.to_str())
+
+
+def make_prompts(model: Path, count: int, seed: int) -> list[str]:
+    """Texts of exactly PROMPT tokens, all different."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    chance = random.Random(seed)
+    words = [entry.replace("\u0120", " ") for entry in tokenizer.get_vocab() if entry.startswith("\u0120")]
+    lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch_fast(words)]
+    singles = [word for word, length in zip(words, lengths, strict=True) if length == 1]
+    prompts = []
+    for _ in range(count):
+        text, left = "", PROMPT
+        while left:
+            index = chance.randrange(len(words))
+            word, length = (words[index], lengths[index]) if lengths[index] <= left else (chance.choice(singles), 1)
+            text, left = text + word, left - length
+        prompts.append(text)
+    assert all(len(encoding.ids) == PROMPT for encoding in tokenizer.encode_batch_fast(prompts))
+    return prompts
+
+
+# --- clients ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    """When a request was sent, when each chunk with text or tokens came, and how many tokens it asked for."""
+
+    sent: float
+    asked: int
+    times: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Load:
+    """One client process's part of a load. `kind`: grpc (a Triton model) or sse (an OpenAI completions server)."""
+
+    kind: str
+    address: str
+    model: str
+    streams: int
+    first_stream: int
+    all_streams: int
+    seconds: float
+    prompts: list[str]
+
+
+def first_answer(stream: int, streams: int) -> int:
+    """The length of a stream's first answer: spread evenly, so that the streams end one after another."""
+    return max(ANSWER * (stream + 1) // streams, 1)
+
+
+def run_load(
+    kind: str, address: str, model: str, streams: int, seconds: float, prompts: list[str]
+) -> tuple[list[Answer], float]:
+    """Answers of a closed loop, and the clients' CPU seconds."""
+    clients = min(CLIENTS, streams)
+    shares = [streams // clients + (index < streams % clients) for index in range(clients)]
+    loads = [
+        Load(kind, address, model, share, sum(shares[:index]), streams, seconds, prompts[index::clients])
+        for index, share in enumerate(shares)
+    ]
+    with multiprocessing.get_context("spawn").Pool(clients) as pool:
+        parts = pool.map(client, loads, chunksize=1)
+    return [answer for answers, _ in parts for answer in answers], sum(cpu for _, cpu in parts)
+
+
+def client(load: Load) -> tuple[list[Answer], float]:
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    answers = asyncio.run(closed_loop(load))
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return answers, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+async def closed_loop(load: Load) -> list[Answer]:
+    answers: list[Answer] = []
+    send = await (grpc_sender(load) if load.kind == "grpc" else sse_sender(load))
+
+    async def stream(index: int) -> None:
+        asked = first_answer(load.first_stream + index, load.all_streams)
+        count = 0
+        while True:
+            answer = Answer(time.monotonic(), asked)
+            answers.append(answer)
+            await send(load.prompts[(index + count * load.streams) % len(load.prompts)], answer)
+            answer.finished = True
+            asked, count = ANSWER, count + 1
+
+    tasks = [asyncio.create_task(stream(index)) for index in range(load.streams)]
+    done, pending = await asyncio.wait(tasks, timeout=load.seconds, return_when=asyncio.FIRST_EXCEPTION)
+    for task in done:
+        raise RuntimeError(f"a stream of {load.model} ended early: {task.exception()!r}")
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)
+    return answers
+
+
+async def grpc_sender(load: Load) -> Any:
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    channels = [grpc.aio.insecure_channel(load.address, options=[("channel", index)]) for index in range(4)]
+    stubs = [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in channels]
+
+    def message(text: str, tokens: int) -> Any:
+        request = service_pb2.ModelInferRequest(model_name=load.model)
+        data = text.encode()
+        for name, datatype, raw in (
+            ("text_input", "BYTES", len(data).to_bytes(4, "little") + data),
+            ("max_tokens", "INT32", tokens.to_bytes(4, "little")),
+            ("stream", "BOOL", b"\1"),
+            ("end_id", "INT32", (1 << 20).to_bytes(4, "little")),
+            ("temperature", "FP32", np.float32(1).tobytes()),
+        ):
+            request.inputs.add(name=name, datatype=datatype, shape=[1, 1])
+            request.raw_input_contents.append(raw)
+        return request
+
+    async def send(text: str, answer: Answer) -> None:
+        stub = stubs[id(answer) // 64 % len(stubs)]
+        async for response in stub.ModelStreamInfer(iter([message(text, answer.asked)])):
+            if response.error_message:
+                raise RuntimeError(response.error_message)
+            answer.times.append(time.monotonic())
+
+    return send
+
+
+async def sse_sender(load: Load) -> Any:
+    host, port = load.address.split(":")
+
+    async def send(text: str, answer: Answer) -> None:
+        fields = {"model": load.model, "prompt": text, "max_tokens": answer.asked, "temperature": 1.0}
+        body = json.dumps({**fields, "stream": True, "ignore_eos": True}).encode()
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 20)
+        try:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {load.address}\r\nContent-Type: application/json\r\n"
+            writer.write(head.encode() + f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+            status = await reader.readline()
+            if b" 200 " not in status:
+                raise RuntimeError((status + await reader.read(2000)).decode(errors="replace"))
+            while line := await reader.readline():
+                if line.startswith(b"data: {"):
+                    if b'"error"' in line:
+                        raise RuntimeError(line.decode(errors="replace"))
+                    answer.times.append(time.monotonic())
+                elif line.startswith(b"data: [DONE]"):
+                    return
+            raise RuntimeError("the connection ended in the middle of an answer")
+        finally:
+            writer.close()
+
+    return send
+
+
+# --- figures -----------------------------------------------------------------------------------------------
+
+
+def figures(answers: list[Answer], start: float, end: float) -> dict[str, Any]:
+    """Rates and latencies of the time from `start` to `end`.
+
+    TTFT, of requests sent in it: from sending to the first chunk. TPOT, of full answers ended in it: (last - first
+    chunk) / (tokens - 1). ITL: between neighbouring chunks. A chunk counts for an equal share of its answer's tokens.
+    """
+    whole = [a for a in answers if a.finished and a.times]
+    per_chunk = sum(a.asked for a in whole) / sum(len(a.times) for a in whole)
+    tokens = 0.0
+    for answer in answers:
+        share = answer.asked / len(answer.times) if answer.finished else per_chunk
+        tokens += share * sum(start <= at < end for at in answer.times)
+    full = [a for a in whole if a.asked == ANSWER and start <= a.times[-1] < end]
+    gaps = [np.diff(a.times) for a in answers if a.times and start <= a.sent < end]
+    measured = {
+        "ttft_ms": [a.times[0] - a.sent for a in answers if a.times and start <= a.sent < end],
+        "tpot_ms": [(a.times[-1] - a.times[0]) / (ANSWER - 1) for a in full],
+        "itl_ms": np.concatenate(gaps) if gaps else [],
+        "end_to_end_ms": [a.times[-1] - a.sent for a in full],
+    }
+    result: dict[str, Any] = {
+        "tokens_per_second": round(tokens / (end - start), 1),
+        "answers": len(full),
+        "chunks_per_answer": round(ANSWER / per_chunk, 1),
+    }
+    for name, values in measured.items():
+        if len(values):
+            result[name] = {f"p{p}": round(1e3 * float(np.percentile(values, p)), 2) for p in PERCENTILES}
+    return result
+
+
+def cpu_seconds(process: psutil.Process) -> dict[int, float]:
+    """CPU time of each process of a tree, by process id."""
+    spent = {}
+    for one in [process, *process.children(recursive=True)]:
+        with suppress(psutil.Error):
+            times = one.cpu_times()
+            spent[one.pid] = times.user + times.system
+    return spent
+
+
+def timing(streams: int, args: argparse.Namespace) -> tuple[float, float]:
+    """Seconds of warm-up and of measuring: one stream is steady at once."""
+    return (2.0, 6.0) if streams == 1 else (args.warm_up, args.seconds)
+
+
+def measure(
+    kind: str, address: str, model: str, process: psutil.Process, prompts: list[str], args: argparse.Namespace
+) -> dict[str, Any]:
+    """All numbers of streams on one target."""
+    run_load(kind, address, model, 8, 4, prompts)  # the first requests compile and fill caches
+    points = {}
+    for streams in args.streams:
+        warm_up, seconds = timing(streams, args)
+        before = cpu_seconds(process)
+        answers, client_cpu = run_load(kind, address, model, streams, warm_up + seconds, prompts)
+        spent = sum(value - before.get(pid, 0.0) for pid, value in cpu_seconds(process).items())
+        start = min(answer.sent for answer in answers) + warm_up
+        point = figures(answers, start, start + seconds)
+        point["server_cores"] = round(spent / (warm_up + seconds), 2)
+        point["client_cores"] = round(client_cpu / (warm_up + seconds), 2)
+        points[str(streams)] = point
+        tell(model, streams, point)
+    return points
+
+
+def tell(name: str, streams: int, point: dict[str, Any]) -> None:
+    shown = {key: value if not isinstance(value, dict) else value["p50"] for key, value in point.items()}
+    print(f"{time.strftime('%H:%M:%S')} {name} {streams}: {shown}", flush=True)
+
+
+# --- targets -----------------------------------------------------------------------------------------------
+
+
+def target_raw(model: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """vLLM's engine core in a process of its own: token ids in, token ids out."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, out = Path(folder) / "deployment.yaml", Path(folder) / "raw.json"
+        path.write_text(yaml.safe_dump(deployment(model, args)))
+        settings = json.dumps({str(streams): timing(streams, args) for streams in args.streams})
+        subprocess.run([ENGINE_PYTHON, __file__, "--step-engine", str(path), settings, str(out)], check=True)
+        return {"raw": json.loads(out.read_text())}
+
+
+def step_engine(path: str, settings: str, out: str) -> None:
+    """The process of `raw`: a closed loop around `step`."""
+    from roundhouse import deployment as deployments
+    from roundhouse.engine.load import load_engine
+    from roundhouse.engine.protocol import Request, Sampling
+
+    engine = load_engine(deployments.load(path))
+    chance = np.random.default_rng(5)
+    number = 0
+
+    def submit(live: dict[int, Answer], asked: int) -> Answer:
+        nonlocal number
+        number += 1
+        live[number] = Answer(time.monotonic(), asked)
+        prompt = tuple(chance.integers(0, VOCABULARY - SPECIAL, PROMPT).tolist())
+        engine.submit(Request(id=number, prompt=prompt, max_tokens=asked, sampling=Sampling()))
+        return live[number]
+
+    def closed_loop(streams: int, seconds: float) -> list[Answer]:
+        live: dict[int, Answer] = {}
+        begun = time.monotonic()
+        answers = [submit(live, first_answer(stream, streams)) for stream in range(streams)]
+        while time.monotonic() < begun + seconds:
+            for output in engine.step():
+                answer = live[output.id]
+                answer.times += [time.monotonic()] * len(output.tokens)
+                if output.last:
+                    answer.finished = True
+                    del live[output.id]
+                    answers.append(submit(live, ANSWER))
+        for id in list(live):
+            engine.cancel(id)
+        while engine.unfinished():
+            engine.step()
+        return answers
+
+    points = {}
+    for key, (warm_up, seconds) in json.loads(settings).items():
+        begun = time.monotonic()
+        answers = closed_loop(int(key), warm_up + seconds)
+        points[key] = figures(answers, begun + warm_up, begun + warm_up + seconds)
+        tell("raw", int(key), points[key])
+    Path(out).write_text(json.dumps(points))
+    engine.close()
+
+
+def target_vllm(model: Path, args: argparse.Namespace, name: str) -> dict[str, Any]:
+    port = free_port()
+    command = [ENGINE_PYTHON, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", name]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--load-format", "dummy", "--generation-config", "vllm"]
+    command += ["--max-model-len", str(SETTINGS["max_seq_len"]), "--max-num-seqs", str(SETTINGS["max_batch_size"])]
+    command += ["--max-num-batched-tokens", str(SETTINGS["max_num_tokens"])]
+    command += ["--gpu-memory-utilization", str(SETTINGS["memory_fraction"])]
+    if args.precision == "fp8":
+        command += ["--quantization", "fp8", "--kv-cache-dtype", "fp8"]
+    environment = dict(os.environ)
+    if name == "vllm-rust":
+        environment["VLLM_USE_RUST_FRONTEND"] = "1"
+    else:
+        command += ["--api-server-count", name.removeprefix("vllm-"), "--disable-uvicorn-access-log"]
+    with started(command, f"http://127.0.0.1:{port}/health", args.logs / f"{name}.log", environment) as process:
+        return {name: measure("sse", f"127.0.0.1:{port}", name, process, make_prompts(model, 4096, 1), args)}
+
+
+def target_roundhouse(model: Path, args: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "deployment.yaml"
+        path.write_text(yaml.safe_dump(deployment(model, args)))
+        http, grpc, metrics = (free_port() for _ in range(3))
+        command = [sys.executable, "-m", "roundhouse.cli", "serve", str(path), "--http-port", str(http)]
+        command += ["--grpc-port", str(grpc), "--metrics-port", str(metrics)]
+        url = f"http://127.0.0.1:{http}/v2/health/ready"
+        with started(command, url, args.logs / "roundhouse.log", dict(os.environ)) as process:
+            prompts = make_prompts(model, 4096, 1)
+            return {name: measure("grpc", f"127.0.0.1:{grpc}", name, process, prompts, args) for name in MODELS}
+
+
+def deployment(model: Path, args: argparse.Namespace) -> dict[str, Any]:
+    fp8 = args.precision == "fp8"
+    return {
+        "model": {"path": str(model)},
+        "engine": {"kind": "vllm", "memory_fraction": SETTINGS["memory_fraction"], "load_format": "dummy"},
+        "precision": {"weights": "fp8" if fp8 else "bfloat16", "kv_cache": "fp8" if fp8 else "auto"},
+        "limits": {
+            **{key: value for key, value in SETTINGS.items() if key != "memory_fraction"},
+            "queue": 1024,
+        },
+        "kv_cache": {"tokens_per_block": 16},
+        "scheduling": {"policy": "max_utilization"},
+        "fronts": {**FRONTS, "responses_per_second": args.responses_per_second},
+    }
+
+
+@contextmanager
+def started(command: list[str], url: str, log: Path, environment: dict[str, str]) -> Iterator[psutil.Process]:
+    """A server that is ready; it and all that it started ends with the block."""
+    print(f"{time.strftime('%H:%M:%S')} starting {' '.join(command)}", flush=True)
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    process = psutil.Process(server.pid)
+    try:
+        wait_ready(url, server, seconds=240)
+        yield process
+    except (Exception, SystemExit):
+        print(f"--- the end of {log}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-25:]), flush=True)
+        raise
+    finally:
+        family = [process, *process.children(recursive=True)]
+        server.terminate()
+        _, alive = psutil.wait_procs(family, timeout=15)
+        for one in alive:
+            with suppress(psutil.Error):
+                one.kill()
+        psutil.wait_procs(alive, timeout=10)
+
+
+# --- results -----------------------------------------------------------------------------------------------
+
+
+def hardware() -> dict[str, Any]:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    with suppress(OSError):
+        return {**machine(), "gpu": subprocess.run(query, capture_output=True, text=True).stdout.strip()}
+    return {**machine(), "gpu": "none"}
+
+
+def versions() -> dict[str, str]:
+    code = "import torch, vllm; print(torch.__version__, vllm.__version__)"
+    given = subprocess.run([ENGINE_PYTHON, "-c", code], capture_output=True, text=True).stdout.split()
+    return dict(zip(("torch", "vllm"), given[-2:], strict=False))
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (rate, first) = pyplot.subplots(1, 2, figsize=(11, 4))
+    for name, points in result["targets"].items():
+        streams = sorted(points, key=int)
+        rate.plot(streams, [points[key]["tokens_per_second"] for key in streams], marker="o", label=name)
+        first.plot(streams, [points[key]["ttft_ms"]["p50"] for key in streams], marker="o", label=name)
+    rate.set(xlabel="streams", ylabel="tokens/s", ylim=(0, None))
+    first.set(xlabel="streams", ylabel="TTFT p50, ms", yscale="log")
+    rate.legend()
+    figure.suptitle(f"Llama-3-8B shape, {result['precision']}, {result['hardware']['gpu']}")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", choices=("bf16", "fp8"), default="fp8")
+    parser.add_argument("--targets", default="raw,vllm-1,vllm-4,vllm-rust,roundhouse")
+    parser.add_argument("--streams", default="1,64,256,512")
+    parser.add_argument("--warm-up", type=float, default=8, help="seconds before measuring")
+    parser.add_argument("--seconds", type=float, default=12, help="seconds of measuring")
+    parser.add_argument("--responses-per-second", type=int, default=4000, help="pace of each front")
+    parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "roundhouse-llama-3-8b-shape")
+    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--output", type=Path, default=BENCHMARKS)
+    args = parser.parse_args()
+    args.streams = [int(text) for text in args.streams.split(",")]
+    if not (args.model / "tokenizer_config.json").exists():
+        print(f"making the model folder {args.model}", flush=True)
+        make_model(args.model)
+    path = args.output / f"gpu-{args.precision}.json"
+    result = json.loads(path.read_text()) if path.exists() else {"targets": {}, "commands": []}
+    shown = {"prompt_tokens": PROMPT, "answer_tokens": ANSWER, "clients": CLIENTS, "fronts": FRONTS, **SETTINGS}
+    result |= {"precision": args.precision, "hardware": hardware(), "versions": versions(), "settings": shown}
+    result["commands"].append(" ".join(sys.argv))
+    for name in args.targets.split(","):
+        try:
+            match name:
+                case "raw":
+                    result["targets"] |= target_raw(args.model, args)
+                case "roundhouse":
+                    result["targets"] |= target_roundhouse(args.model, args)
+                case _:
+                    result["targets"] |= target_vllm(args.model, args, name)
+        except (Exception, SystemExit) as error:  # one target's failure costs no other its figures
+            print(f"{name} failed: {error!r}", flush=True)
+            continue
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    if result["targets"]:
+        with suppress(ImportError):  # a GPU host without matplotlib keeps the JSON; --targets '' draws it elsewhere
+            plot(result, path.with_suffix(".png"))
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--step-engine"]:
+        step_engine(*sys.argv[2:])
+    else:
+        main()
