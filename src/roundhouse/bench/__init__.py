@@ -1,0 +1,1 @@
+"""Load and what it measures: scenarios, prompts, metric definitions, clients, reports. Locust uses the same parts."""
