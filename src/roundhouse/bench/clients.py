@@ -43,7 +43,7 @@ class Target:
                 f"{text!r} is no target: give a deployment file, or grpc://HOST:PORT[/MODEL][?metrics=PORT], or the "
                 "same with http:// (Triton's generate_stream) or openai:// (/v1/completions)"
             )
-        protocol: Protocol = parts.scheme  # type: ignore[assignment]
+        protocol: Protocol = parts.scheme
         found = parse_qs(parts.query).get("metrics")
         return cls(
             protocol,
