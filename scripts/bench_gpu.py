@@ -43,10 +43,11 @@ ENGINE_PYTHON = os.environ.get("ROUNDHOUSE_ENGINE_PYTHON", sys.executable)
 PROMPT, ANSWER = 512, 256  # tokens
 CLIENTS = 8  # processes
 VOCABULARY, SPECIAL = 128256, 256
+LONGEST_START, LONGEST_ENDING = 8, 4  # characters of what an entry of the vocabulary is merged from
 MODELS = ("tensorrt_llm_bls", "ensemble")
 PERCENTILES = (50, 95, 99)
 SETTINGS = {"memory_fraction": 0.9, "max_batch_size": 512, "max_seq_len": 2048, "max_num_tokens": 8192}
-FRONTS = {"preprocessing": 2, "tensorrt_llm": 4, "postprocessing": 4, "tensorrt_llm_bls": 4}
+FRONTS = {"preprocessing": 2, "tensorrt_llm": 4, "tensorrt_llm_bls": 4}
 
 
 # --- the model: a real shape and a real tokenizer, random weights -----------------------------------------
@@ -90,20 +91,21 @@ def make_tokenizer() -> str:
     from tokenizers.models import BPE
 
     chance = random.Random(3)
-    entries = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {entry: index for index, entry in enumerate(entries)}
-    inner = list("abcdefghijklmnopqrstuvwxyz")  # what a merge may end with
-    first = [*inner, "\u0120"]  # a leading space as byte-level BPE writes it
+    vocabulary = {entry: index for index, entry in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    endings = list("abcdefghijklmnopqrstuvwxyz")  # what a merge may end with
+    starts = {"\u0120": ["\u0120"], "": list(endings)}  # what it may start with: a leading space, or in a word
     merges: list[tuple[str, str]] = []
     while len(vocabulary) < VOCABULARY - SPECIAL:
-        left, right = chance.choice(first), chance.choice(inner)
-        if len(left) + len(right) > 12 or left + right in vocabulary:
+        kind = chance.choice(("\u0120", ""))
+        left, right = chance.choice(starts[kind]), chance.choice(endings)
+        if left + right in vocabulary:
             continue
         vocabulary[left + right] = len(vocabulary)
         merges.append((left, right))
-        first.append(left + right)
-        if not left.startswith("\u0120"):
-            inner.append(left + right)
+        if len(left + right) <= LONGEST_START:
+            starts[kind].append(left + right)
+        if kind == "" and len(left + right) <= LONGEST_ENDING:
+            endings.append(left + right)
     tokenizer = Tokenizer(BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -111,8 +113,18 @@ def make_tokenizer() -> str:
     return str(tokenizer.to_str())
 
 
-def make_prompts(model: Path, count: int, seed: int) -> list[str]:
-    """Texts of exactly PROMPT tokens, all different."""
+@dataclass(frozen=True)
+class Prompts:
+    """Texts of exactly PROMPT tokens: an opener of one token, then one of `bodies`.
+
+    Each load has an opener of its own, so that no prefix cache has seen any of its prompts before.
+    """
+
+    openers: list[str]
+    bodies: list[str]
+
+
+def make_prompts(model: Path, count: int, seed: int) -> Prompts:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
@@ -120,16 +132,18 @@ def make_prompts(model: Path, count: int, seed: int) -> list[str]:
     words = [entry.replace("\u0120", " ") for entry in tokenizer.get_vocab() if entry.startswith("\u0120")]
     lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch_fast(words)]
     singles = [word for word, length in zip(words, lengths, strict=True) if length == 1]
-    prompts = []
+    bodies = []
     for _ in range(count):
-        text, left = "", PROMPT
+        text, left = "", PROMPT - 1
         while left:
             index = chance.randrange(len(words))
             word, length = (words[index], lengths[index]) if lengths[index] <= left else (chance.choice(singles), 1)
             text, left = text + word, left - length
-        prompts.append(text)
-    assert all(len(encoding.ids) == PROMPT for encoding in tokenizer.encode_batch_fast(prompts))
-    return prompts
+        bodies.append(text)
+    openers = chance.sample(singles, 100)
+    whole = [openers[index % len(openers)] + body for index, body in enumerate(bodies)]
+    assert all(len(encoding.ids) == PROMPT for encoding in tokenizer.encode_batch_fast(whole))
+    return Prompts(openers, bodies)
 
 
 # --- clients ---------------------------------------------------------------------------------------------
@@ -156,7 +170,8 @@ class Load:
     first_stream: int
     all_streams: int
     seconds: float
-    prompts: list[str]
+    opener: str
+    bodies: list[str]
 
 
 def first_answer(stream: int, streams: int) -> int:
@@ -165,13 +180,14 @@ def first_answer(stream: int, streams: int) -> int:
 
 
 def run_load(
-    kind: str, address: str, model: str, streams: int, seconds: float, prompts: list[str]
+    kind: str, address: str, model: str, streams: int, seconds: float, prompts: Prompts
 ) -> tuple[list[Answer], float]:
-    """Answers of a closed loop, and the clients' CPU seconds."""
+    """Answers of a closed loop, and the clients' CPU seconds. Uses up one opener."""
     clients = min(CLIENTS, streams)
+    opener = prompts.openers.pop()
     shares = [streams // clients + (index < streams % clients) for index in range(clients)]
     loads = [
-        Load(kind, address, model, share, sum(shares[:index]), streams, seconds, prompts[index::clients])
+        Load(kind, address, model, share, sum(shares[:index]), streams, seconds, opener, prompts.bodies[index::clients])
         for index, share in enumerate(shares)
     ]
     with multiprocessing.get_context("spawn").Pool(clients) as pool:
@@ -196,7 +212,8 @@ async def closed_loop(load: Load) -> list[Answer]:
         while True:
             answer = Answer(time.monotonic(), asked)
             answers.append(answer)
-            await send(load.prompts[(index + count * load.streams) % len(load.prompts)], answer)
+            body = load.bodies[(index + count * load.streams) % len(load.bodies)]
+            await send(load.opener + body, answer)
             answer.finished = True
             asked, count = ANSWER, count + 1
 
@@ -318,7 +335,7 @@ def timing(streams: int, args: argparse.Namespace) -> tuple[float, float]:
 
 
 def measure(
-    kind: str, address: str, model: str, process: psutil.Process, prompts: list[str], args: argparse.Namespace
+    kind: str, address: str, model: str, process: psutil.Process, prompts: Prompts, args: argparse.Namespace
 ) -> dict[str, Any]:
     """All numbers of streams on one target."""
     run_load(kind, address, model, 8, 4, prompts)  # the first requests compile and fill caches
@@ -401,7 +418,7 @@ def step_engine(path: str, settings: str, out: str) -> None:
     engine.close()
 
 
-def target_vllm(model: Path, args: argparse.Namespace, name: str) -> dict[str, Any]:
+def target_vllm(model: Path, prompts: Prompts, args: argparse.Namespace, name: str) -> dict[str, Any]:
     port = free_port()
     command = [ENGINE_PYTHON, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), "--load-format", "dummy", "--generation-config", "vllm"]
@@ -416,10 +433,10 @@ def target_vllm(model: Path, args: argparse.Namespace, name: str) -> dict[str, A
     else:
         command += ["--api-server-count", name.removeprefix("vllm-"), "--disable-uvicorn-access-log"]
     with started(command, f"http://127.0.0.1:{port}/health", args.logs / f"{name}.log", environment) as process:
-        return {name: measure("sse", f"127.0.0.1:{port}", name, process, make_prompts(model, 4096, 1), args)}
+        return {name: measure("sse", f"127.0.0.1:{port}", name, process, prompts, args)}
 
 
-def target_roundhouse(model: Path, args: argparse.Namespace) -> dict[str, Any]:
+def target_roundhouse(model: Path, prompts: Prompts, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "deployment.yaml"
         path.write_text(yaml.safe_dump(deployment(model, args)))
@@ -428,7 +445,6 @@ def target_roundhouse(model: Path, args: argparse.Namespace) -> dict[str, Any]:
         command += ["--grpc-port", str(grpc), "--metrics-port", str(metrics)]
         url = f"http://127.0.0.1:{http}/v2/health/ready"
         with started(command, url, args.logs / "roundhouse.log", dict(os.environ)) as process:
-            prompts = make_prompts(model, 4096, 1)
             return {name: measure("grpc", f"127.0.0.1:{grpc}", name, process, prompts, args) for name in MODELS}
 
 
@@ -522,6 +538,7 @@ def main() -> None:
     if not (args.model / "tokenizer_config.json").exists():
         print(f"making the model folder {args.model}", flush=True)
         make_model(args.model)
+    prompts = make_prompts(args.model, 4096, 1)
     path = args.output / f"gpu-{args.precision}.json"
     result = json.loads(path.read_text()) if path.exists() else {"targets": {}, "commands": []}
     shown = {"prompt_tokens": PROMPT, "answer_tokens": ANSWER, "clients": CLIENTS, "fronts": FRONTS, **SETTINGS}
@@ -533,9 +550,9 @@ def main() -> None:
                 case "raw":
                     result["targets"] |= target_raw(args.model, args)
                 case "roundhouse":
-                    result["targets"] |= target_roundhouse(args.model, args)
+                    result["targets"] |= target_roundhouse(args.model, prompts, args)
                 case _:
-                    result["targets"] |= target_vllm(args.model, args, name)
+                    result["targets"] |= target_vllm(args.model, prompts, args, name)
         except (Exception, SystemExit) as error:  # one target's failure costs no other its figures
             print(f"{name} failed: {error!r}", flush=True)
             continue

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,7 +47,7 @@ LOAD_FAILED = 3  # exit code
 HEARTBEAT_SECONDS = 0.1
 SEND_QUEUE = 2000  # messages that may wait for a front before it is dropped
 HOLD_STREAMS = 16  # a front with more streams than this in a step
-HOLD_SECONDS = 0.02  # gets the tokens of several steps together, if steps are shorter than this
+HOLD_SECONDS = 0.02  # gets the tokens of as many steps together as come nearest to this time
 SLICE = 256  # messages that are read between two steps
 
 
@@ -95,6 +96,7 @@ class Host:
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(self._server, zmq.POLLIN)
         self._next_heartbeat = 0.0
+        self._step_seconds = 0.0  # of the last step
         self.stopping = False
 
     def run(self) -> bool:
@@ -110,7 +112,10 @@ class Host:
                 if front.pidfd in events:
                     self._forget(front)
             if self._engine.unfinished():
-                self._deliver(self._engine.step())
+                begun = time.monotonic()
+                outputs = self._engine.step()
+                self._step_seconds = time.monotonic() - begun
+                self._deliver(outputs)
             self._heartbeat()
         return False
 
@@ -208,7 +213,7 @@ class Host:
                 urgent.add(front)
         now = time.monotonic()
         for front in list(self._fronts.values()):
-            wait = HOLD_SECONDS if len(front.held) > HOLD_STREAMS else 0.0
+            wait = HOLD_SECONDS - self._step_seconds / 2 if len(front.held) > HOLD_STREAMS else 0.0
             if front.held and (front in urgent or now - front.delivered >= wait):
                 front.delivered = now
                 theirs, front.held = list(front.held.values()), {}
@@ -271,6 +276,10 @@ def main() -> int:
     except (EngineError, deployment.DeploymentError) as error:
         runtime.write_private(args.folder / runtime.FAILURE, str(error))
         print(f"engine: cannot be loaded: {error}", file=sys.stderr, flush=True)
+        return LOAD_FAILED
+    except Exception as error:
+        runtime.write_private(args.folder / runtime.FAILURE, f"unexpected {type(error).__name__}: {error}")
+        print(f"engine: unexpected error while loading\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return LOAD_FAILED
     host = Host(engine, bind(args.folder), runtime.read(args.folder / runtime.SECRET), args.server_pid)
     signal.signal(signal.SIGTERM, lambda *_: setattr(host, "stopping", True))
