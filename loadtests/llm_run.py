@@ -21,7 +21,10 @@ from roundhouse.text.tokenizer import Tokenizer
 
 
 class Run:
-    """One test: its scenario, its sessions, its records. One a process."""
+    """One test: its scenario, its sessions, its records. One a process.
+
+    Raises DeploymentError, ScenarioError or PromptError; OSError or ValueError for a tokenizer that cannot be loaded.
+    """
 
     def __init__(self, environment: Any) -> None:
         options = environment.parsed_options
@@ -36,27 +39,26 @@ class Run:
         self.objective = None if slo is None else Objective(slo.ttft_ms, slo.itl_ms)
         self.records = Records()
         self._clock = time.time() - time.monotonic()  # workers on several hosts share this clock only
-        self._sessions: list[Session] = []
+        self._worker = max(getattr(environment.runner, "worker_index", 0), 0)
+        self._sessions = [] if isinstance(environment.runner, MasterRunner) else self._make_sessions()
         self._numbers: Iterator[int] = iter(())
         self._due: Iterator[float] | None = None
 
-    def start(self) -> None:
-        """Make the prompts, forget what was recorded."""
-        self.records = Records()
-        if isinstance(self.environment.runner, MasterRunner):
-            return
-        worker = max(getattr(self.environment.runner, "worker_index", 0), 0)
+    def _make_sessions(self) -> list[Session]:
+        """Before the test starts: Locust counts what happens then as part of the run time."""
         tokenizer = Tokenizer.load(self.deployment.model.tokenizer or self.deployment.model.path)
-        maker = Sessions(self.scenario, PromptMaker(tokenizer), self.options.seed + 1_000_003 * worker)
-        if not self._sessions:
-            self._sessions = maker.take(self.options.prompts)
+        seed = self.options.seed + 1_000_003 * self._worker
+        return Sessions(self.scenario, PromptMaker(tokenizer), seed).take(self.options.prompts)
+
+    def start(self) -> None:
+        """Begin with the first session, and forget what was recorded."""
+        self.records = Records()
         self._numbers = itertools.count()
-        self._due = None
         level = self.scenario.levels()[0]
         if isinstance(level, Poisson | Bursts):
             began = time.monotonic()
             times = scenario.arrivals(level, self.options.seed)
-            self._due = (began + at for at in itertools.islice(times, worker, None, self._workers()))
+            self._due = (began + at for at in itertools.islice(times, self._worker, None, self._workers()))
 
     def _workers(self) -> int:
         """Workers that share an open loop."""

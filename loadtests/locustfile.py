@@ -14,6 +14,7 @@ import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
+import gevent  # noqa: E402
 from locust import LoadTestShape, events  # noqa: E402
 from locust.runners import WorkerRunner  # noqa: E402
 
@@ -66,6 +67,8 @@ def on_init(environment: Any, **_: Any) -> None:
         run = environment.roundhouse = Run(environment)
     except (DeploymentError, ScenarioError) as error:
         sys.exit(str(error))
+    except (PromptError, OSError, ValueError) as error:
+        sys.exit(f"prompts cannot be made: {error}")
     environment.user_classes[:] = [CLIENTS[options.client]]
     environment.available_user_classes = {user.__name__: user for user in environment.user_classes}
     levels = run.scenario.levels()
@@ -76,6 +79,7 @@ def on_init(environment: Any, **_: Any) -> None:
         show = lambda: json.dumps(report(run.records, run.objective), indent=1)  # noqa: E731
         environment.web_ui.app.add_url_rule("/slo", "slo", show)
     _share_records(run)
+    gevent.get_hub().loop.update_now()  # else Locust's run time would start before the imports and the prompts
 
 
 def _share_records(run: Run) -> None:
@@ -94,12 +98,7 @@ def _share_records(run: Run) -> None:
 
 @events.test_start.add_listener
 def on_test_start(environment: Any, **_: Any) -> None:
-    try:
-        environment.roundhouse.start()
-    except (PromptError, OSError, ValueError) as error:
-        print(f"prompts cannot be made: {error}", file=sys.stderr)
-        environment.process_exit_code = 1
-        environment.runner.quit()
+    environment.roundhouse.start()
 
 
 @events.quitting.add_listener
@@ -111,5 +110,5 @@ def on_quitting(environment: Any, **_: Any) -> None:
     print("\n".join(found["lines"]), flush=True)
     if run.options.summary:
         Path(run.options.summary).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if any(not verdict["met"] for verdict in found["verdicts"]):
+    if found["summary"] is None or any(not verdict["met"] for verdict in found["verdicts"]):
         environment.process_exit_code = 1

@@ -65,12 +65,13 @@ def test_streaming_users(loaded: Server, short: Path, tmp_path: Path, client: st
     host = loaded.grpc_url if client == "grpc" else loaded.http_url
     prefix = str(tmp_path / "run")
     result = locust(
-        tmp_path, short, host, "--client", client, "--csv", prefix, "--html", f"{prefix}.html",
+        tmp_path, short, host, "--client", client, "-t", "3s", "--csv", prefix, "--html", f"{prefix}.html",
         deployment=loaded.deployment,
     )  # fmt: skip
     assert result.code == 0, result.output
     finished = result.summary["finished"]
     assert finished > 4
+    assert result.summary["seconds"] > 2, "start-up is no part of the run time"
     assert result.summary["failed"] == 0
     assert result.summary["ttft_ms"]["p50"] < result.summary["e2e_ms"]["p50"]
     assert result.summary["tpot_ms"]["p50"] > 4, "200 tokens a second a stream: 5 ms each"
@@ -225,3 +226,9 @@ def test_what_is_wrong_is_said_at_the_start(tmp_path: Path) -> None:
     assert result.code != 0
     assert "2100 tokens" in result.output
     assert "limits.max_seq_len 2048" in result.output
+
+
+def test_a_test_that_finished_nothing_is_no_success(loaded: Server, short: Path, tmp_path: Path) -> None:
+    result = locust(tmp_path, short, loaded.grpc_url, "--rate", "0.0001", deployment=loaded.deployment)
+    assert result.code == 1
+    assert "no request was finished" in result.output
