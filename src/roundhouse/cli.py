@@ -88,6 +88,37 @@ def plan(deployment: DeploymentPath) -> None:
 
 
 @app.command()
+def build(
+    deployment: DeploymentPath,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the commands, run nothing")] = False,
+    examples: Annotated[
+        Path, typer.Option(envvar="ROUNDHOUSE_TRTLLM_EXAMPLES", help="folder of TensorRT-LLM's examples")
+    ] = Path("/app/examples"),
+) -> None:
+    """Compile the TensorRT-LLM engines of a deployment, those that are not up to date. Needs the image of build/."""
+    import signal
+
+    from rich.console import Console
+
+    from roundhouse import deployment as deployments
+    from roundhouse.trtllm import build as building
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)  # unwinds: what runs is ended, what is half done is removed
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        parsed = deployments.load(deployment)
+        if dry_run:
+            print("\n".join(building.dry_run(parsed, examples=examples)))
+        else:
+            building.build(parsed, examples=examples, console=Console(stderr=True, soft_wrap=True))
+    except (deployments.DeploymentError, building.BuildError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@app.command()
 def serve(
     deployment: DeploymentPath = DEFAULT,
     http_port: int = 8000,

@@ -16,6 +16,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from roundhouse.gpus import PRODUCTS
+
+CALIBRATION_SETS = ("cnn_dailymail", "pileval")  # the names that TensorRT-LLM's quantize.py knows; else a folder
+
 
 class DeploymentError(Exception):
     """A deployment file cannot be used. One line per problem: file, key path, what is wrong, what is allowed."""
@@ -64,7 +68,9 @@ class TensorrtLlmEngine(Section):
     launch: Literal["leader", "orchestrator"] = Field(
         default="leader", description="tensor parallel ranks: started by mpirun, or spawned by the engine process"
     )
-    calibration: str = Field(default="cnn_dailymail", description="data set for FP8 and AWQ scales: name or folder")
+    calibration: str = Field(
+        default="cnn_dailymail", description="data for FP8 and AWQ scales: cnn_dailymail, pileval, or a folder"
+    )
     fusions: bool = Field(default=False, description="reduce_fusion and user_buffer; tensor parallel over NVLink only")
 
 
@@ -259,6 +265,7 @@ def _check_tensorrt_llm(deployment: Deployment) -> None:
     for key, asked in needs_reuse.items():
         if asked and not kv_cache.reuse:
             raise ValueError(f"{key}: needs kv_cache.reuse: true")
+    _check_fusions(deployment)
     if speculative is not None and speculative.draft_engine is None:
         raise ValueError("speculative.draft_engine: missing; engine tensorrt_llm runs the draft model compiled too")
     if speculative is not None and speculative.max_batch_size > deployment.limits.max_batch_size:
@@ -266,6 +273,24 @@ def _check_tensorrt_llm(deployment: Deployment) -> None:
             f"speculative.max_batch_size: {speculative.max_batch_size} is more than limits.max_batch_size "
             f"({deployment.limits.max_batch_size})"
         )
+    checked = deployment.limits.max_batch_size * (speculative.draft_tokens + 1) if speculative is not None else 0
+    if deployment.limits.max_num_tokens < checked:
+        raise ValueError(
+            f"limits.max_num_tokens: {deployment.limits.max_num_tokens} is less than limits.max_batch_size x "
+            f"(speculative.draft_tokens + 1), which is {checked} and what the engine would be compiled for"
+        )
+
+
+def _check_fusions(deployment: Deployment) -> None:
+    """trtllm-build drops fusions for one rank in silence, and they give wrong text on Ada (TensorRT-LLM#2817)."""
+    engine, gpu = deployment.engine, deployment.gpu
+    if gpu is None or not isinstance(engine, TensorrtLlmEngine) or not engine.fusions:
+        return
+    if gpu.tensor_parallel == 1:
+        raise ValueError("engine.fusions: needs gpu.tensor_parallel of 2 or more; they fuse the sum over the ranks")
+    product = PRODUCTS.get(gpu.product)
+    if product is not None and product.compute_capability == "8.9":
+        raise ValueError(f"engine.fusions: do not work on {gpu.product}; they are for Hopper GPUs over NVLink")
 
 
 def _check_vllm(deployment: Deployment) -> None:
@@ -330,7 +355,8 @@ def parse(raw: dict[str, Any], *, source: str, base: Path) -> Deployment:
     model = model.model_copy(update={"tokenizer": model.tokenizer or model.path})
     update: dict[str, Section] = {"model": _absolute(model, base, "path", "tokenizer")}
     if isinstance(deployment.engine, TensorrtLlmEngine):
-        update["engine"] = _absolute(deployment.engine, base, "path")
+        folders = ("path",) if deployment.engine.calibration in CALIBRATION_SETS else ("path", "calibration")
+        update["engine"] = _absolute(deployment.engine, base, *folders)
     if deployment.speculative is not None:
         update["speculative"] = _absolute(deployment.speculative, base, "draft_model", "draft_engine")
     return deployment.model_copy(update=update)

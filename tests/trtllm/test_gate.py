@@ -74,6 +74,14 @@ def test_weights_of_16_bits_are_compared_by_dtype(tmp_path: Path) -> None:
     ]
 
 
+def test_fusions_that_were_dropped_are_named(tmp_path: Path) -> None:
+    two = {"engine": {"fusions": True}, "gpu": {"count": 2, "tensor_parallel": 2}}
+    folder = write_engine(tmp_path, ranks=2, world_size=2, tp_size=2, architecture="QWenForCausalLM")
+    (line,) = found(folder, **two)
+    assert line.startswith("engine.fusions: reduce_fusion is off in the engine")
+    assert "(this is QWenForCausalLM)" in line
+
+
 def test_an_old_gpu_is_the_cause_if_nothing_else_is(tmp_path: Path) -> None:
     folder = write_engine(tmp_path, use_paged_context_fmha=False, use_fp8_context_fmha=False)
     lines = found(folder, capability="8.6")

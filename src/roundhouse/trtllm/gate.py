@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from roundhouse.deployment import Deployment
+from roundhouse.deployment import Deployment, TensorrtLlmEngine
 from roundhouse.trtllm.engine_folder import EngineFolder, SpeculativeMode
 
 Role = Literal["target", "draft"]
@@ -39,6 +39,7 @@ class Wanted:
     fp8_context_fmha: bool
     max_draft_len: int
     tensor_parallel: int
+    fusions: bool
 
 
 def wanted(deployment: Deployment, role: Role = "target") -> Wanted:
@@ -64,6 +65,7 @@ def wanted(deployment: Deployment, role: Role = "target") -> Wanted:
         fp8_context_fmha=fp8_cache and precision.weights == "fp8",
         max_draft_len=draft_len,
         tensor_parallel=deployment.gpu.tensor_parallel,
+        fusions=isinstance(deployment.engine, TensorrtLlmEngine) and deployment.engine.fusions,
     )
 
 
@@ -137,6 +139,11 @@ def _attention(engine: EngineFolder, want: Wanted, compute_capability: str | Non
     if want.fp8_context_fmha and not engine.fp8_context_fmha:
         reason = why_no_fp8_context_fmha(engine, compute_capability)
         yield f"precision: use_fp8_context_fmha is off in the engine, since {reason}"
+    if want.fusions and not engine.reduce_fusion:
+        yield (
+            "engine.fusions: reduce_fusion is off in the engine; trtllm-build turns it off for one rank, and for "
+            f"architectures other than Llama, Gemma 2 and Medusa (this is {engine.architecture}): set the key to false"
+        )
 
 
 def why_no_fp8_context_fmha(engine: EngineFolder, compute_capability: str | None) -> str:
