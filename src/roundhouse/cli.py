@@ -52,20 +52,24 @@ def render_k8s(
     deployment: DeploymentPath,
     output: Annotated[Path, typer.Option(help="folder to write; must not exist")],
     image: Annotated[str, typer.Option(help="NAME@sha256:DIGEST, or roundhouse:local")],
-    trtllm_version: Annotated[str, typer.Option(help="of the image: engines are kept by it")] = "unknown",
-    namespace: str = "roundhouse",
     component: Annotated[list[str] | None, typer.Option("--with", help="a component; may be given again")] = None,
+    namespace: str = "roundhouse",
+    trtllm_version: Annotated[str | None, typer.Option(help="of the image, if it is not the pinned one")] = None,
+    vllm_image: Annotated[str | None, typer.Option(help="for --with vllm-comparison")] = None,
+    endpoint_picker_image: Annotated[str | None, typer.Option(help="for --with inference-gateway")] = None,
 ) -> None:
     """Write a kustomize overlay for a deployment."""
     from roundhouse import deployment as deployments
-    from roundhouse import kubernetes
+    from roundhouse.kubernetes import mounts, overlay
 
+    images = {"vllm-comparison": vllm_image, "inference-gateway": endpoint_picker_image}
     try:
-        kubernetes.render(
+        overlay.render(
             deployments.load(deployment),
             output,
             image=image,
-            trtllm_version=trtllm_version,
+            foreign_images={name: given for name, given in images.items() if given is not None},
+            trtllm_version=trtllm_version or mounts.TRTLLM_VERSION,
             namespace=namespace,
             components=tuple(component or ()),
         )

@@ -1,18 +1,233 @@
-"""The shipped overlay is what `roundhouse render k8s` writes today."""
+"""`roundhouse render k8s`: what it writes, and what it refuses."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from roundhouse import deployment, kubernetes
+import pytest
+import yaml
+from typer.testing import CliRunner
 
-ROOT = Path(__file__).parents[2]
+from roundhouse import deployment as deployments
+from roundhouse.cli import app
+from roundhouse.deployment import Deployment, DeploymentError
+from roundhouse.kubernetes import mounts, overlay, sizes
+from tests.k8s import manifests
+from tests.k8s.manifests import FOREIGN, IMAGE, ROOT, Combination, Objects, environment, find, of_kind, pods, size
+
+GPU = "llama-3-8b-h200"
+
+
+def load(name: str, **changes: dict[str, Any]) -> Deployment:
+    """A shipped deployment with some keys changed."""
+    raw = yaml.safe_load((ROOT / f"deployments/{name}.yaml").read_text())
+    for section, values in changes.items():
+        raw[section] = {**raw.get(section, {}), **values}
+    return deployments.parse(raw, source=name, base=ROOT / "deployments")
+
+
+def render(deployment: Deployment, folder: Path, **options: Any) -> Path:
+    overlay.render(deployment, folder, **{"image": IMAGE, **options})
+    return folder
 
 
 def test_the_shipped_overlay_is_rendered(tmp_path: Path) -> None:
-    local = deployment.load(ROOT / "deployments/local-cpu.yaml")
-    kubernetes.render(local, tmp_path / "overlay", image="roundhouse:local", trtllm_version="unknown")
+    render(load("local-cpu"), tmp_path / "overlay", image="roundhouse:local")
     shipped = ROOT / "k8s/overlays/local-cpu"
+    assert {path.name for path in shipped.iterdir()} == {path.name for path in (tmp_path / "overlay").iterdir()}
     for written in (tmp_path / "overlay").iterdir():
         if written.name != "kustomization.yaml":  # its paths start at the folder
             assert written.read_text() == (shipped / written.name).read_text()
+    assert manifests.build(tmp_path / "overlay") == manifests.build(shipped)
+
+
+def test_each_component_can_be_chosen_or_is_implied() -> None:
+    shipped = {path.parent.name for path in (ROOT / "k8s/components").glob("*/kustomization.yaml")}
+    implied = {"gpu", "models", "engine-build", "tensor-parallel"}
+    assert shipped == implied | set(overlay.CHOICES)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "deployments").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_pod_reads_the_deployment_that_was_meant(path: Path, tmp_path: Path) -> None:
+    meant = deployments.load(path)
+    render(meant, tmp_path / "overlay")
+    read = deployments.load(tmp_path / "overlay/deployment.yaml")
+    assert read == mounts.mounted(meant, mounts.TRTLLM_VERSION)
+    unchanged = {"model", "engine", "speculative"}
+    assert read.model_dump(exclude=unchanged) == meant.model_dump(exclude=unchanged)
+
+
+def test_models_of_the_image_need_no_volume(local_cpu: Objects) -> None:
+    assert not of_kind(local_cpu, "PersistentVolumeClaim")
+    assert "path: /opt/roundhouse/models/tiny" in yaml.dump(of_kind(local_cpu, "ConfigMap"))
+
+
+def test_a_model_of_ones_own_is_read_from_the_volume(tmp_path: Path) -> None:
+    own = tmp_path / "my-model"
+    own.mkdir()
+    (own / "model.safetensors").write_bytes(bytes(3 * sizes.GIB // 1024))
+    render(load("local-cpu", model={"path": str(own)}), tmp_path / "overlay")
+    objects = manifests.build(tmp_path / "overlay")
+    assert find(objects, "PersistentVolumeClaim", "roundhouse-models")
+    (pod,) = pods(objects)
+    mounted = {m["mountPath"] for m in pod.container("server")["volumeMounts"]}
+    assert mounts.MODELS in mounted
+    assert "path: /models/my-model" in (tmp_path / "overlay/deployment.yaml").read_text()
+
+
+def test_memory_grows_with_the_weights_the_instances_and_the_host_cache() -> None:
+    def memory(weights: int = 0, **changes: dict[str, Any]) -> int:
+        return size(
+            sizes.server(load(GPU if "kv_cache" in changes else "local-cpu", **changes), weights)["limits"]["memory"]
+        )
+
+    assert memory(weights=sizes.GIB) - memory() == 2 * sizes.GIB
+    assert memory(fronts={"tensorrt_llm_bls": 4}) - memory() == 3 * sizes.SHM_PER_INSTANCE
+    assert memory(kv_cache={"host_memory_bytes": 7 * sizes.GIB}) - memory(kv_cache={}) == 7 * sizes.GIB
+
+
+def test_shared_memory_counts_the_instances_that_triton_starts(tmp_path: Path) -> None:
+    """As many as the rendered repository asks for."""
+    from roundhouse import repository
+
+    deployment = load("local-cpu", serving={"ensemble": "fused"}, fronts={"tensorrt_llm_bls": 3, "preprocessing": 2})
+    repository.render(deployment, ROOT / "deployments/local-cpu.yaml", tmp_path / "repository")
+    configs = [repository.read(folder) for folder in (tmp_path / "repository").iterdir()]
+    instances = sum(group.count or 1 for config in configs for group in config.instance_group)
+    assert sizes.shm_bytes(deployment) == instances * sizes.SHM_PER_INSTANCE
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": {"weights": "bfloat16", "kv_cache": "bfloat16"}},
+        {"limits": {"max_seq_len": 4096}},
+        {"limits": {"max_batch_size": 64}},
+        {"limits": {"max_num_tokens": 4096}},
+        {"kv_cache": {"tokens_per_block": 64}},
+        {"gpu": {"product": "NVIDIA-L40S"}},
+        {"gpu": {"count": 2, "tensor_parallel": 2}},
+        {"model": {"path": "/checkpoints/another"}},
+    ],
+)
+def test_an_engines_folder_is_keyed_by_what_it_is_compiled_for(changes: dict[str, Any]) -> None:
+    def path(deployment: Deployment, version: str = "1.2.1") -> str:
+        return mounts.engine_path(deployment, deployment.model.path, version)
+
+    assert path(load(GPU, **changes)) != path(load(GPU))
+    assert path(load(GPU)) != path(load(GPU), "1.2.0")
+    assert path(load(GPU)) == path(load(GPU, limits={"queue": 7}, slo={"ttft_ms": 1.0, "itl_ms": 1.0}))
+
+
+def test_the_server_waits_for_what_the_job_writes_last(everything: dict[Any, Objects]) -> None:
+    objects = everything[Combination("llama-3-70b-2xh100-speculative", ())]
+    server = next(pod for pod in pods(objects) if pod.name == "Deployment/roundhouse")
+    waited = environment(server.container("wait-for-engine"))["MANIFESTS"].split()
+    inside = yaml.safe_load(of_kind(objects, "ConfigMap")[0]["data"]["deployment.yaml"])
+    engines = [inside["engine"]["path"], inside["speculative"]["draft_engine"]]
+    assert waited == [f"{engine}/manifest.json" for engine in engines]
+    (job,) = of_kind(objects, "Job")
+    assert job["spec"]["template"]["spec"]["containers"][0]["command"][:2] == ["roundhouse", "build"]
+
+
+def test_the_waiting_says_what_it_waits_for_and_ends(tmp_path: Path, everything: dict[Any, Objects]) -> None:
+    """The init container's own script, run here."""
+    import subprocess
+    import time
+
+    objects = everything[Combination(GPU, ())]
+    script = next(pod for pod in pods(objects) if pod.serves).container("wait-for-engine")
+    manifest = tmp_path / "manifest.json"
+    command = [*script["command"], script["args"][0].replace("sleep 10", "sleep 0.1")]
+    waiting = subprocess.Popen(command, env={"MANIFESTS": str(manifest)}, stdout=subprocess.PIPE, text=True)
+    try:
+        assert waiting.stdout is not None
+        assert f"waiting for {manifest}, which the Job" in waiting.stdout.readline()
+        assert waiting.poll() is None
+        manifest.touch()
+        began = time.monotonic()
+        assert waiting.wait(timeout=5) == 0
+        assert time.monotonic() - began < 5
+    finally:
+        waiting.kill()
+        waiting.communicate()
+
+
+def test_a_job_is_another_one_when_its_inputs_change(tmp_path: Path) -> None:
+    def name(folder: str, image: str = IMAGE, **changes: dict[str, Any]) -> str:
+        objects = manifests.build(render(load(GPU, **changes), tmp_path / folder, image=image))
+        return str(of_kind(objects, "Job")[0]["metadata"]["name"])
+
+    assert name("a") == name("b")
+    assert len({name("c"), name("d", limits={"max_seq_len": 4096}), name("e", image=IMAGE.replace("1", "2"))}) == 3
+
+
+def test_pods_are_replaced_when_the_deployment_changes(tmp_path: Path) -> None:
+    def config(folder: str, queue: int) -> str:
+        objects = manifests.build(render(load("local-cpu", limits={"queue": queue}), tmp_path / folder))
+        (pod,) = pods(objects)
+        return next(str(v["configMap"]["name"]) for v in pod.spec["volumes"] if v["name"] == "deployment")
+
+    assert config("a", 512) == config("b", 512) != config("c", 100)
+
+
+def test_one_namespace_throughout(tmp_path: Path) -> None:
+    everything = Combination("llama-3-8b-h200", tuple(c for c in overlay.CHOICES if c != "autoscaling-hpa"))
+    objects = manifests.build(manifests.render(everything, tmp_path / "overlay", namespace="team-a"))
+    assert {o["metadata"].get("namespace", "team-a") for o in objects} == {"team-a"}
+    for trigger in find(objects, "ScaledObject", "roundhouse")["spec"]["triggers"]:
+        assert 'namespace="team-a"' in trigger["metadata"]["query"]
+        assert 'namespace="roundhouse"' not in trigger["metadata"]["query"]
+
+
+def test_an_objective_becomes_an_alert(everything: dict[Any, Objects]) -> None:
+    rules = find(everything[Combination("local-cpu", ("monitoring",))], "PrometheusRule", "roundhouse-slo")
+    expressions = [rule["expr"] for rule in rules["spec"]["groups"][0]["rules"]]
+    assert expressions == [
+        'roundhouse:time_to_first_token_seconds:p95{namespace="roundhouse"} > 0.5',
+        'roundhouse:inter_token_latency_seconds:p95{namespace="roundhouse"} > 0.05',
+    ]
+    without = everything[Combination(GPU, ("monitoring",))]
+    assert load(GPU).slo is None
+    assert [o["metadata"]["name"] for o in of_kind(without, "PrometheusRule")] == ["roundhouse"]
+
+
+REFUSED = {
+    "tag": (GPU, {"image": "registry.example/roundhouse:latest"}, "--image registry.example/roundhouse:latest: a tag"),
+    "unknown component": (GPU, {"components": ("gpus",)}, "--with gpus: not known (known: monitoring,"),
+    "two autoscalers": (GPU, {"components": manifests.AUTOSCALERS}, "--with autoscaling-hpa: KEDA makes"),
+    "no image of vLLM": (GPU, {"components": ("vllm-comparison",)}, "--vllm-image: missing"),
+    "no image of the picker": (GPU, {"components": ("inference-gateway",)}, "--endpoint-picker-image: missing"),
+    "image of nobody": (GPU, {"foreign_images": FOREIGN}, "--vllm-image: only --with vllm-comparison"),
+    "vLLM without GPU": (
+        "local-cpu",
+        {"components": ("vllm-comparison",), "foreign_images": {"vllm-comparison": IMAGE}},
+        "--with vllm-comparison: for deployments with `gpu`",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_the_option_and_write_nothing(name: str, tmp_path: Path) -> None:
+    deployment, options, said = REFUSED[name]
+    with pytest.raises(DeploymentError) as refused:
+        render(load(deployment), tmp_path / "overlay", **options)
+    assert str(refused.value).startswith(said)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "overlay").exists()
+
+
+def test_two_models_that_would_be_one_folder_are_refused(tmp_path: Path) -> None:
+    changed = load("llama-3-70b-2xh100-speculative", speculative={"draft_model": "/else/Meta-Llama-3-70B-Instruct"})
+    with pytest.raises(DeploymentError, match="would both be /models/Meta-Llama-3-70B-Instruct in the pod"):
+        render(changed, tmp_path / "overlay")
+
+
+def test_the_command_line_says_what_is_wrong(tmp_path: Path) -> None:
+    path, folder = str(ROOT / "deployments/local-cpu.yaml"), str(tmp_path / "overlay")
+    run = CliRunner().invoke(app, ["render", "k8s", path, "--output", folder, "--image", "roundhouse:local"])
+    assert run.exit_code == 0, run.output
+    again = CliRunner().invoke(app, ["render", "k8s", path, "--output", folder, "--image", "roundhouse:local"])
+    assert again.exit_code == 1
+    assert "File exists" in again.output

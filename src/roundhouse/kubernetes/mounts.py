@@ -1,0 +1,97 @@
+"""A deployment as its pods see it: models of the image, or on the volumes /models and /engines."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from roundhouse.deployment import Deployment, DeploymentError, TensorrtLlmEngine
+
+ROOT = Path(__file__).resolve().parents[3]
+IN_IMAGE = "/opt/roundhouse"  # where the image keeps the repository, and so the shipped models
+MODELS = "/models"
+ENGINES = "/engines"
+TRTLLM_VERSION = "1.2.1"  # of the image that build/ is pinned to
+
+
+def mounted(deployment: Deployment, trtllm_version: str) -> Deployment:
+    """The deployment with the paths that a pod has. Raises DeploymentError if two folders would be one in the pod."""
+    model, speculative = deployment.model, deployment.speculative
+    paths = {"path": model.path, "tokenizer": model.tokenizer or model.path}
+    if speculative is not None:
+        paths["draft_model"] = speculative.draft_model
+    inside = {key: model_path(path) for key, path in paths.items()}
+    _check_distinct(set(paths.values()))
+    update: dict[str, Any] = {
+        "model": model.model_copy(update={key: inside[key] for key in ("path", "tokenizer")}),
+    }
+    if isinstance(deployment.engine, TensorrtLlmEngine):
+        path = engine_path(deployment, model.path, trtllm_version)
+        update["engine"] = deployment.engine.model_copy(update={"path": path})
+    if speculative is not None:
+        drafts = {"draft_model": inside["draft_model"]}
+        if speculative.draft_engine is not None:
+            drafts["draft_engine"] = engine_path(deployment, speculative.draft_model, trtllm_version) + "-draft"
+        update["speculative"] = speculative.model_copy(update=drafts)
+    return deployment.model_copy(update=update)
+
+
+def model_path(path: str) -> str:
+    """Where a pod finds a model folder: in the image if it is one that we ship, else on the volume."""
+    resolved = Path(path)
+    if resolved.is_relative_to(ROOT / "models"):
+        return f"{IN_IMAGE}/{resolved.relative_to(ROOT)}"
+    return f"{MODELS}/{resolved.name}"
+
+
+def on_volume(inside: Deployment) -> bool:
+    """Whether a deployment with a pod's paths reads models from the volume."""
+    paths = [inside.model.path, inside.model.tokenizer or ""]
+    if inside.speculative is not None:
+        paths.append(inside.speculative.draft_model)
+    return any(path.startswith(f"{MODELS}/") for path in paths)
+
+
+def engine_path(deployment: Deployment, model: str, trtllm_version: str) -> str:
+    """The folder of a compiled engine: keyed by all that it is tied to.
+
+    Model, precision, tensor parallel, GPU product, TensorRT-LLM version; and a hash of the limits and of drafting,
+    which an engine is compiled for too. Raises DeploymentError if the deployment names no GPU.
+    """
+    gpu = deployment.gpu
+    if gpu is None:
+        raise DeploymentError("gpu: missing; a compiled engine is tied to a GPU product")
+    precision, drafting = deployment.precision, deployment.speculative
+    limits = deployment.limits
+    shape = [limits.max_batch_size, limits.max_seq_len, limits.max_num_tokens, deployment.kv_cache.tokens_per_block]
+    if drafting is not None:
+        shape += [drafting.draft_tokens, drafting.max_batch_size]
+    parts = [
+        Path(model).name,
+        f"{precision.weights}-kv-{precision.kv_cache}",
+        f"tp{gpu.tensor_parallel}",
+        gpu.product,
+        f"trtllm-{trtllm_version}",
+        hashlib.sha256(repr(shape).encode()).hexdigest()[:8],
+    ]
+    return f"{ENGINES}/" + re.sub(r"[^a-z0-9./-]+", "-", "/".join(parts).lower())
+
+
+def engine_paths(inside: Deployment) -> list[str]:
+    """The compiled engines that a deployment with a pod's paths loads."""
+    if not isinstance(inside.engine, TensorrtLlmEngine):
+        return []
+    draft = inside.speculative.draft_engine if inside.speculative is not None else None
+    return [inside.engine.path, *([draft] if draft is not None else [])]
+
+
+def _check_distinct(folders: set[str]) -> None:
+    by_name: dict[str, str] = {}
+    for folder in folders:
+        other = by_name.setdefault(model_path(folder), folder)
+        if other != folder:
+            raise DeploymentError(
+                f"model: {folder} and {other} would both be {model_path(folder)} in the pod; rename one of them"
+            )

@@ -1,0 +1,44 @@
+"""Every overlay is rendered and built once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.k8s import manifests
+from tests.k8s.manifests import Combination, Objects
+
+Built = Callable[[Combination], Objects]
+
+
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[Combination, Objects]:
+    """Each combination that is shipped, as objects."""
+    folder = tmp_path_factory.mktemp("overlays")
+
+    def made(combination: Combination) -> Objects:
+        return manifests.build(manifests.render(combination, folder / str(combination)))
+
+    combinations = manifests.combinations()
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(combinations, pool.map(made, combinations), strict=True))
+
+
+@pytest.fixture(scope="session")
+def local_cpu(everything: dict[Combination, Objects]) -> Objects:
+    return everything[Combination("local-cpu", ())]
+
+
+@pytest.fixture(scope="session")
+def full(everything: dict[Combination, Objects]) -> Objects:
+    """The deployment that needs most, with all components but the plain HPA."""
+    (found,) = [
+        objects
+        for combination, objects in everything.items()
+        if combination.deployment == "llama-3-70b-2xh100-speculative"
+        and len(combination.components) > 4
+        and "autoscaling-keda" in combination.components
+    ]
+    return found

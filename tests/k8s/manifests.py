@@ -1,0 +1,148 @@
+"""What kustomize makes of an overlay, and how to walk over it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from roundhouse import deployment
+from roundhouse.deployment import Deployment
+from roundhouse.kubernetes import overlay
+
+ROOT = Path(__file__).parents[2]
+DIGEST = "sha256:" + "1" * 64
+IMAGE = f"registry.example/roundhouse@{DIGEST}"
+FOREIGN = {
+    "vllm-comparison": f"registry.example/vllm@{DIGEST}",
+    "inference-gateway": f"registry.example/picker@{DIGEST}",
+}
+AUTOSCALERS = ("autoscaling-hpa", "autoscaling-keda")
+Objects = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A shipped deployment and the components that are chosen for it."""
+
+    deployment: str
+    components: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.deployment}+{'+'.join(self.components) or 'nothing'}"
+
+    def load(self) -> Deployment:
+        return deployment.load(ROOT / f"deployments/{self.deployment}.yaml")
+
+
+def combinations() -> list[Combination]:
+    """Each shipped deployment with nothing, with each component, and with all that go together."""
+    chosen: list[tuple[str, ...]] = [(), *((name,) for name in overlay.CHOICES)]
+    for autoscaler in AUTOSCALERS:
+        chosen.append(tuple(c for c in overlay.CHOICES if c not in AUTOSCALERS or c == autoscaler))
+    names = sorted(path.stem for path in (ROOT / "deployments").glob("*.yaml"))
+    made = [Combination(name, components) for name in names for components in chosen]
+    return [c for c in made if "vllm-comparison" not in c.components or c.load().gpu is not None]
+
+
+def render(combination: Combination, target: Path, namespace: str = "roundhouse") -> Path:
+    overlay.render(
+        combination.load(),
+        target,
+        image=IMAGE,
+        foreign_images={name: image for name, image in FOREIGN.items() if name in combination.components},
+        namespace=namespace,
+        components=combination.components,
+    )
+    return target
+
+
+def build(folder: Path) -> Objects:
+    """What `kubectl apply -k` would apply. The load test, which is applied apart, is appended."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is missing; the manifests are not checked")
+    made: Objects = []
+    for part in (folder, folder / "load-test"):
+        if part.is_dir():
+            done = subprocess.run(["kubectl", "kustomize", str(part)], capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+            made += [document for document in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if document]
+    unique = {(o["kind"], o["metadata"].get("namespace"), o["metadata"]["name"]): o for o in made}
+    return list(unique.values())
+
+
+def find(objects: Objects, kind: str, name: str) -> dict[str, Any]:
+    (found,) = [o for o in objects if o["kind"] == kind and o["metadata"]["name"] == name]
+    return found
+
+
+def of_kind(objects: Objects, *kinds: str) -> Objects:
+    return [o for o in objects if o["kind"] in kinds]
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A pod as a workload would make it."""
+
+    owner: dict[str, Any]
+    labels: dict[str, str]
+    spec: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.owner['kind']}/{self.owner['metadata']['name']}"
+
+    @property
+    def serves(self) -> bool:
+        return self.owner["kind"] in ("Deployment", "LeaderWorkerSet")
+
+    @property
+    def containers(self) -> list[dict[str, Any]]:
+        return list(self.spec["containers"])
+
+    @property
+    def all_containers(self) -> list[dict[str, Any]]:
+        return [*self.spec.get("initContainers", []), *self.spec["containers"]]
+
+    def container(self, name: str) -> dict[str, Any]:
+        (found,) = [c for c in self.all_containers if c["name"] == name]
+        return found
+
+    def port_names(self) -> set[str]:
+        return {port["name"] for container in self.containers for port in container.get("ports", [])}
+
+    def port_numbers(self) -> set[int]:
+        return {port["containerPort"] for container in self.containers for port in container.get("ports", [])}
+
+
+def pods(objects: Objects) -> Iterator[Pod]:
+    for owner in of_kind(objects, "Deployment", "DaemonSet", "Job"):
+        template = owner["spec"]["template"]
+        yield Pod(owner, template["metadata"].get("labels", {}), template["spec"])
+
+
+def selects(selector: dict[str, str], labels: dict[str, str]) -> bool:
+    return selector.items() <= labels.items()
+
+
+def environment(container: dict[str, Any]) -> dict[str, str]:
+    """Of the variables that have a value here."""
+    return {entry["name"]: entry["value"] for entry in container.get("env", []) if "value" in entry}
+
+
+def command(container: dict[str, Any]) -> list[str]:
+    return [*container.get("command", []), *container.get("args", [])]
+
+
+def size(quantity: str) -> int:
+    """Bytes of a quantity of memory."""
+    units = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+    if quantity[-2:] in units:
+        return int(quantity[:-2]) * units[quantity[-2:]]
+    return int(quantity)
