@@ -6,8 +6,8 @@
 Targets: `raw` (vLLM's engine core stepped without a server), `vllm-1` and `vllm-4` (`vllm serve` with so many API
 servers), `vllm-rust` (its Rust front end), `roundhouse` (`tensorrt_llm_bls` and `ensemble` of one server). All of them
 get the same model (Llama-3-8B shape, random weights, a tokenizer of 128,256 entries that this script makes), the same
-engine settings, prompts of 512 tokens and answers of 256, sampled at temperature 1. Each stream's first answer has
-another length, so that the streams do not march in step. Clients are processes of their own on the same machine.
+engine settings, prompts of 512 tokens and answers of 256, sampled at temperature 1. All streams start at once, and each
+sends its next request when it has its answer. Clients are processes of their own on the same machine.
 
 ROUNDHOUSE_ENGINE_PYTHON names the interpreter that has vLLM (default: this one). Writes
 docs/benchmarks/gpu-PRECISION.json (targets that were not asked for keep their figures) and a plot.
@@ -46,6 +46,8 @@ VOCABULARY, SPECIAL = 128256, 256
 LONGEST_START, LONGEST_ENDING = 8, 4  # characters of what an entry of the vocabulary is merged from
 MODELS = ("tensorrt_llm_bls", "ensemble")
 PERCENTILES = (50, 95, 99)
+ROUNDS = {1: 4, 64: 6, 256: 4, 1 << 20: 3}  # streams, at most -> requests of each
+LOAD_SECONDS = 120  # a load that takes longer has failed
 SETTINGS = {"memory_fraction": 0.9, "max_batch_size": 512, "max_seq_len": 2048, "max_num_tokens": 8192}
 FRONTS = {"preprocessing": 2, "tensorrt_llm": 4, "tensorrt_llm_bls": 4}
 
@@ -151,12 +153,10 @@ def make_prompts(model: Path, count: int, seed: int) -> Prompts:
 
 @dataclass
 class Answer:
-    """When a request was sent, when each chunk with text or tokens came, and how many tokens it asked for."""
+    """When a request was sent, and when each chunk with text or tokens came."""
 
     sent: float
-    asked: int
     times: list[float] = field(default_factory=list)
-    finished: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,27 +167,20 @@ class Load:
     address: str
     model: str
     streams: int
-    first_stream: int
-    all_streams: int
-    seconds: float
+    rounds: int
     opener: str
     bodies: list[str]
 
 
-def first_answer(stream: int, streams: int) -> int:
-    """The length of a stream's first answer: spread evenly, so that the streams end one after another."""
-    return max(ANSWER * (stream + 1) // streams, 1)
-
-
 def run_load(
-    kind: str, address: str, model: str, streams: int, seconds: float, prompts: Prompts
+    kind: str, address: str, model: str, streams: int, rounds: int, prompts: Prompts
 ) -> tuple[list[Answer], float]:
     """Answers of a closed loop, and the clients' CPU seconds. Uses up one opener."""
     clients = min(CLIENTS, streams)
     opener = prompts.openers.pop()
     shares = [streams // clients + (index < streams % clients) for index in range(clients)]
     loads = [
-        Load(kind, address, model, share, sum(shares[:index]), streams, seconds, opener, prompts.bodies[index::clients])
+        Load(kind, address, model, share, rounds, opener, prompts.bodies[index::clients])
         for index, share in enumerate(shares)
     ]
     with multiprocessing.get_context("spawn").Pool(clients) as pool:
@@ -207,23 +200,13 @@ async def closed_loop(load: Load) -> list[Answer]:
     send = await (grpc_sender(load) if load.kind == "grpc" else sse_sender(load))
 
     async def stream(index: int) -> None:
-        asked = first_answer(load.first_stream + index, load.all_streams)
-        count = 0
-        while True:
-            answer = Answer(time.monotonic(), asked)
-            answers.append(answer)
-            body = load.bodies[(index + count * load.streams) % len(load.bodies)]
-            await send(load.opener + body, answer)
-            answer.finished = True
-            asked, count = ANSWER, count + 1
+        for number in range(load.rounds):
+            answers.append(answer := Answer(time.monotonic()))
+            await send(load.opener + load.bodies[(index + number * load.streams) % len(load.bodies)], answer)
 
-    tasks = [asyncio.create_task(stream(index)) for index in range(load.streams)]
-    done, pending = await asyncio.wait(tasks, timeout=load.seconds, return_when=asyncio.FIRST_EXCEPTION)
-    for task in done:
-        raise RuntimeError(f"a stream of {load.model} ended early: {task.exception()!r}")
-    for task in pending:
-        task.cancel()
-    await asyncio.gather(*pending, return_exceptions=True)
+    async with asyncio.timeout(LOAD_SECONDS), asyncio.TaskGroup() as group:
+        for index in range(load.streams):
+            group.create_task(stream(index))
     return answers
 
 
@@ -234,12 +217,12 @@ async def grpc_sender(load: Load) -> Any:
     channels = [grpc.aio.insecure_channel(load.address, options=[("channel", index)]) for index in range(4)]
     stubs = [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in channels]
 
-    def message(text: str, tokens: int) -> Any:
+    def message(text: str) -> Any:
         request = service_pb2.ModelInferRequest(model_name=load.model)
         data = text.encode()
         for name, datatype, raw in (
             ("text_input", "BYTES", len(data).to_bytes(4, "little") + data),
-            ("max_tokens", "INT32", tokens.to_bytes(4, "little")),
+            ("max_tokens", "INT32", ANSWER.to_bytes(4, "little")),
             ("stream", "BOOL", b"\1"),
             ("end_id", "INT32", (1 << 20).to_bytes(4, "little")),
             ("temperature", "FP32", np.float32(1).tobytes()),
@@ -250,7 +233,7 @@ async def grpc_sender(load: Load) -> Any:
 
     async def send(text: str, answer: Answer) -> None:
         stub = stubs[id(answer) // 64 % len(stubs)]
-        async for response in stub.ModelStreamInfer(iter([message(text, answer.asked)])):
+        async for response in stub.ModelStreamInfer(iter([message(text)])):
             if response.error_message:
                 raise RuntimeError(response.error_message)
             answer.times.append(time.monotonic())
@@ -262,7 +245,7 @@ async def sse_sender(load: Load) -> Any:
     host, port = load.address.split(":")
 
     async def send(text: str, answer: Answer) -> None:
-        fields = {"model": load.model, "prompt": text, "max_tokens": answer.asked, "temperature": 1.0}
+        fields = {"model": load.model, "prompt": text, "max_tokens": ANSWER, "temperature": 1.0}
         body = json.dumps({**fields, "stream": True, "ignore_eos": True}).encode()
         reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 20)
         try:
@@ -288,34 +271,27 @@ async def sse_sender(load: Load) -> Any:
 # --- figures -----------------------------------------------------------------------------------------------
 
 
-def figures(answers: list[Answer], start: float, end: float) -> dict[str, Any]:
-    """Rates and latencies of the time from `start` to `end`.
+def figures(answers: list[Answer]) -> dict[str, Any]:
+    """Rate and latencies of whole answers.
 
-    TTFT, of requests sent in it: from sending to the first chunk. TPOT, of full answers ended in it: (last - first
-    chunk) / (tokens - 1). ITL: between neighbouring chunks. A chunk counts for an equal share of its answer's tokens.
+    tokens/s: all tokens, from the first request to the last chunk. TTFT: from sending to the first chunk. TPOT:
+    (last - first chunk) / (tokens - 1). ITL: between neighbouring chunks, all of them together.
     """
-    whole = [a for a in answers if a.finished and a.times]
-    per_chunk = sum(a.asked for a in whole) / sum(len(a.times) for a in whole)
-    tokens = 0.0
-    for answer in answers:
-        share = answer.asked / len(answer.times) if answer.finished else per_chunk
-        tokens += share * sum(start <= at < end for at in answer.times)
-    full = [a for a in whole if a.asked == ANSWER and start <= a.times[-1] < end]
-    gaps = [np.diff(a.times) for a in answers if a.times and start <= a.sent < end]
     measured = {
-        "ttft_ms": [a.times[0] - a.sent for a in answers if a.times and start <= a.sent < end],
-        "tpot_ms": [(a.times[-1] - a.times[0]) / (ANSWER - 1) for a in full],
-        "itl_ms": np.concatenate(gaps) if gaps else [],
-        "end_to_end_ms": [a.times[-1] - a.sent for a in full],
+        "ttft_ms": [a.times[0] - a.sent for a in answers],
+        "tpot_ms": [(a.times[-1] - a.times[0]) / (ANSWER - 1) for a in answers],
+        "itl_ms": np.concatenate([np.diff(a.times) for a in answers]),
+        "end_to_end_ms": [a.times[-1] - a.sent for a in answers],
     }
+    seconds = max(a.times[-1] for a in answers) - min(a.sent for a in answers)
     result: dict[str, Any] = {
-        "tokens_per_second": round(tokens / (end - start), 1),
-        "answers": len(full),
-        "chunks_per_answer": round(ANSWER / per_chunk, 1),
+        "tokens_per_second": round(len(answers) * ANSWER / seconds, 1),
+        "seconds": round(seconds, 2),
+        "answers": len(answers),
+        "chunks_per_answer": round(sum(len(a.times) for a in answers) / len(answers), 1),
     }
     for name, values in measured.items():
-        if len(values):
-            result[name] = {f"p{p}": round(1e3 * float(np.percentile(values, p)), 2) for p in PERCENTILES}
+        result[name] = {f"p{p}": round(1e3 * float(np.percentile(values, p)), 2) for p in PERCENTILES}
     return result
 
 
@@ -329,26 +305,24 @@ def cpu_seconds(process: psutil.Process) -> dict[int, float]:
     return spent
 
 
-def timing(streams: int, args: argparse.Namespace) -> tuple[float, float]:
-    """Seconds of warm-up and of measuring: one stream is steady at once."""
-    return (2.0, 6.0) if streams == 1 else (args.warm_up, args.seconds)
+def rounds(streams: int) -> int:
+    """Requests that each stream sends: more where they are short."""
+    return next(count for limit, count in ROUNDS.items() if streams <= limit)
 
 
 def measure(
     kind: str, address: str, model: str, process: psutil.Process, prompts: Prompts, args: argparse.Namespace
 ) -> dict[str, Any]:
     """All numbers of streams on one target."""
-    run_load(kind, address, model, 8, 4, prompts)  # the first requests compile and fill caches
+    run_load(kind, address, model, 8, 2, prompts)  # the first requests compile and fill caches
     points = {}
     for streams in args.streams:
-        warm_up, seconds = timing(streams, args)
         before = cpu_seconds(process)
-        answers, client_cpu = run_load(kind, address, model, streams, warm_up + seconds, prompts)
+        answers, client_cpu = run_load(kind, address, model, streams, rounds(streams), prompts)
         spent = sum(value - before.get(pid, 0.0) for pid, value in cpu_seconds(process).items())
-        start = min(answer.sent for answer in answers) + warm_up
-        point = figures(answers, start, start + seconds)
-        point["server_cores"] = round(spent / (warm_up + seconds), 2)
-        point["client_cores"] = round(client_cpu / (warm_up + seconds), 2)
+        point = figures(answers)
+        point["server_cores"] = round(spent / point["seconds"], 2)
+        point["client_cores"] = round(client_cpu / point["seconds"], 2)
         points[str(streams)] = point
         tell(model, streams, point)
     return points
@@ -367,12 +341,12 @@ def target_raw(model: Path, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "deployment.yaml", Path(folder) / "raw.json"
         path.write_text(yaml.safe_dump(deployment(model, args)))
-        settings = json.dumps({str(streams): timing(streams, args) for streams in args.streams})
-        subprocess.run([ENGINE_PYTHON, __file__, "--step-engine", str(path), settings, str(out)], check=True)
+        streams = ",".join(map(str, args.streams))
+        subprocess.run([ENGINE_PYTHON, __file__, "--step-engine", str(path), streams, str(out)], check=True)
         return {"raw": json.loads(out.read_text())}
 
 
-def step_engine(path: str, settings: str, out: str) -> None:
+def step_engine(path: str, streams: str, out: str) -> None:
     """The process of `raw`: a closed loop around `step`."""
     from roundhouse import deployment as deployments
     from roundhouse.engine.load import load_engine
@@ -380,40 +354,33 @@ def step_engine(path: str, settings: str, out: str) -> None:
 
     engine = load_engine(deployments.load(path))
     chance = np.random.default_rng(5)
-    number = 0
 
-    def submit(live: dict[int, Answer], asked: int) -> Answer:
-        nonlocal number
-        number += 1
-        live[number] = Answer(time.monotonic(), asked)
-        prompt = tuple(chance.integers(0, VOCABULARY - SPECIAL, PROMPT).tolist())
-        engine.submit(Request(id=number, prompt=prompt, max_tokens=asked, sampling=Sampling()))
-        return live[number]
+    def closed_loop(streams: int, rounds: int) -> list[Answer]:
+        answers: list[Answer] = []
+        left = dict.fromkeys(range(streams), rounds)
 
-    def closed_loop(streams: int, seconds: float) -> list[Answer]:
-        live: dict[int, Answer] = {}
-        begun = time.monotonic()
-        answers = [submit(live, first_answer(stream, streams)) for stream in range(streams)]
-        while time.monotonic() < begun + seconds:
-            for output in engine.step():
-                answer = live[output.id]
-                answer.times += [time.monotonic()] * len(output.tokens)
-                if output.last:
-                    answer.finished = True
-                    del live[output.id]
-                    answers.append(submit(live, ANSWER))
-        for id in list(live):
-            engine.cancel(id)
+        def submit(stream: int) -> None:
+            left[stream] -= 1
+            answers.append(Answer(time.monotonic()))
+            prompt = tuple(chance.integers(0, VOCABULARY - SPECIAL, PROMPT).tolist())
+            live[len(answers)] = stream
+            engine.submit(Request(id=len(answers), prompt=prompt, max_tokens=ANSWER, sampling=Sampling()))
+
+        live: dict[int, int] = {}  # request -> stream
+        for stream in range(streams):
+            submit(stream)
         while engine.unfinished():
-            engine.step()
+            for output in engine.step():
+                answers[output.id - 1].times += [time.monotonic()] * len(output.tokens)
+                if output.last and left[live[output.id]]:
+                    submit(live[output.id])
         return answers
 
+    closed_loop(8, 2)
     points = {}
-    for key, (warm_up, seconds) in json.loads(settings).items():
-        begun = time.monotonic()
-        answers = closed_loop(int(key), warm_up + seconds)
-        points[key] = figures(answers, begun + warm_up, begun + warm_up + seconds)
-        tell("raw", int(key), points[key])
+    for count in map(int, streams.split(",")):
+        points[str(count)] = figures(closed_loop(count, rounds(count)))
+        tell("raw", count, points[str(count)])
     Path(out).write_text(json.dumps(points))
     engine.close()
 
@@ -527,8 +494,6 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp8"), default="fp8")
     parser.add_argument("--targets", default="raw,vllm-1,vllm-4,vllm-rust,roundhouse")
     parser.add_argument("--streams", default="1,64,256,512")
-    parser.add_argument("--warm-up", type=float, default=8, help="seconds before measuring")
-    parser.add_argument("--seconds", type=float, default=12, help="seconds of measuring")
     parser.add_argument("--responses-per-second", type=int, default=4000, help="pace of each front")
     parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "roundhouse-llama-3-8b-shape")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))

@@ -24,12 +24,14 @@ from roundhouse.engine.protocol import Error, ErrorCode, Output, Request, Stats
 from roundhouse.text.detokenize import Detokenizer
 from roundhouse.triton.mailbox import Mailbox, Passed, Post, Stop
 from roundhouse.triton.metrics import Metrics, Record
-from roundhouse.triton.pacing import Pace
+from roundhouse.triton.pacing import Pace, Passage
 from roundhouse.triton.stream import Form, Job, Stream
 
 IDLE_SECONDS = 0.25  # the longest that the loop waits for anything
 SLICE = 16  # responses between two looks at what the engine has sent
 MAX_UNACKNOWLEDGED = 2  # chunks of one stream on their way through postprocessing
+MAX_ON_THE_WAY = 16  # chunks of all streams
+PASSAGE_SECONDS = 0.1  # after which a chunk that was not passed on holds up no other
 LOST_SECONDS = 1.5  # a chunk that postprocessing did not get, while it got later ones of others
 SILENT_SECONDS = 2.2  # the same, when there were none of others
 CHECKS_PER_SECOND = 400  # questions to Triton whether a client is still there; each costs about 0.1 ms
@@ -87,7 +89,7 @@ class Front:
         self._urgent: deque[Stream] = deque()  # first tokens
         self._queue: deque[Stream] = deque()
         self._next_check = 0.0
-        self._last_passed = 0.0  # when the newest chunk was sent of which postprocessing has told
+        self._passage = Passage(MAX_ON_THE_WAY, PASSAGE_SECONDS)
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="front", daemon=True)
         self._thread.start()
@@ -131,7 +133,7 @@ class Front:
         if self._urgent:
             return 0.0
         if self._queue:
-            waits.append(self._pace.wait(now))
+            waits.append(self._wait(now))
         if self._jobs:
             waits.append(max(self._next_check - now, 0.0))
         return min(waits)
@@ -178,7 +180,7 @@ class Front:
     def _passed(self, stream: Stream, note: Passed) -> None:
         sent = stream.unacknowledged.pop(note.chunk, None)
         if sent is not None:
-            self._last_passed = max(self._last_passed, sent)
+            self._passage.passed(sent)
         if stream.done:
             self._forget_if_settled(stream)
         elif stream.sendable():
@@ -208,12 +210,17 @@ class Front:
             stream.queued = True
             (self._queue if stream.chunks else self._urgent).append(stream)
 
+    def _wait(self, now: float) -> float:
+        """Seconds until the next stream in the queue may send; acknowledgements may shorten it."""
+        passage = self._passage.wait(now) if self._queue[0].job.form is Form.STEP else 0.0
+        return max(self._pace.wait(now), passage)
+
     def _send(self) -> None:
         now = time.monotonic()
         for _ in range(SLICE):
             if self._urgent:
                 stream = self._urgent.popleft()
-            elif self._queue and not self._pace.wait(now):
+            elif self._queue and not self._wait(now):
                 stream = self._queue.popleft()
             else:
                 return
@@ -234,7 +241,7 @@ class Front:
             if stream.chunks == 1:
                 self._metrics.first_token(time.monotonic_ns() - job.arrival_ns)
             if job.form is Form.STEP:
-                stream.unacknowledged[stream.chunks] = now
+                stream.unacknowledged[stream.chunks] = self._passage.send(now)
                 tensors["chunk"] = np.array([[self._number, stream.id, stream.chunks, stream.last]], dtype=np.int64)
             job.sender.send(tensors, final=final)
         if stream.last:
@@ -272,9 +279,10 @@ class Front:
 
     def _is_lost(self, job: Job, now: float) -> bool:
         """Whether the ensemble no longer passes a job's chunks on: its client is gone, and Triton does not tell."""
-        sent = min((at for stream in job.streams for at in stream.unacknowledged.values()), default=now)
-        overtaken = self._last_passed > sent
-        return now - sent > (LOST_SECONDS if overtaken else SILENT_SECONDS)
+        oldest = min((sent for stream in job.streams for sent in stream.unacknowledged.values()), default=None)
+        if oldest is None:
+            return False
+        return now - oldest.at > (LOST_SECONDS if self._passage.overtook(oldest) else SILENT_SECONDS)
 
     def _cancel(self, job: Job) -> None:
         job.cancelled = True

@@ -14,6 +14,7 @@ from roundhouse.engine.protocol import Error, FinishReason, Output, Perf
 from roundhouse.text.detokenize import Detokenizer
 from roundhouse.text.stop_words import StopMatcher
 from roundhouse.triton.generation import Generation
+from roundhouse.triton.pacing import Departure
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 
@@ -67,7 +68,7 @@ class Stream:
         self.batch_index = batch_index
         self.sequence_index = sequence_index
         self.queued = False
-        self.unacknowledged: dict[int, float] = {}  # chunk number -> when it was sent, in the ensemble
+        self.unacknowledged: dict[int, Departure] = {}  # chunk -> when it was sent, in the ensemble
         self.chunks = 0
         self.generated = 0
         self.stopped = False  # a stop word or an order ended it; what the engine still sends is dropped
