@@ -172,7 +172,7 @@ class Host:
             return Error(ErrorCode.INTERNAL, f"request id {request.id} is in use")
         if self._engine.unfinished() >= room:
             return Error(
-                ErrorCode.UNAVAILABLE,
+                ErrorCode.QUEUE_FULL,
                 f"Exceeds maximum queue size of {self._engine.info.max_queue} waiting requests; "
                 "send it again later, or raise limits.queue of the deployment",
             )

@@ -21,6 +21,7 @@ class ErrorCode(StrEnum):
     INVALID_ARGUMENT = "invalid_argument"
     UNSUPPORTED = "unsupported"
     UNAVAILABLE = "unavailable"
+    QUEUE_FULL = "queue_full"
     CANCELLED = "cancelled"
     INTERNAL = "internal"
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ class Tokenizer:
     def _named_id(self, settings: TokenizerSettings, name: str) -> int | None:
         token = settings.named_tokens.get(name)
         return None if token is None else self.backend.token_to_id(token)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: no text has fewer tokens than its length divided by this."""
+        return max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return "default" in self._settings.chat_templates
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`. Special tokens written out in the text are parsed as such, as upstream does.

@@ -20,10 +20,11 @@ import msgspec
 import numpy as np
 import zmq
 
-from roundhouse.engine.protocol import Error, ErrorCode, Output, Request, Stats
+from roundhouse.engine.protocol import Error, ErrorCode, FinishReason, Output, Request, Stats
+from roundhouse.metrics import Record
 from roundhouse.text.detokenize import Detokenizer
 from roundhouse.triton.mailbox import Mailbox, Passed, Post, Stop
-from roundhouse.triton.metrics import Metrics, Record
+from roundhouse.triton.metrics import Metrics
 from roundhouse.triton.pacing import Pace, Passage
 from roundhouse.triton.stream import Form, Job, Stream
 
@@ -252,7 +253,7 @@ class Front:
         job = stream.job
         stream.done = True
         job.open -= 1
-        self._metrics.finished(Record.of(stream, time.monotonic_ns()))
+        self._metrics.finished(record_of(stream, time.monotonic_ns()))
         self._forget_if_settled(stream)
         if job.cancelled and not job.open:
             if job.form is Form.STEP:
@@ -305,3 +306,15 @@ class Front:
             if job.open:
                 job.open = 0
                 job.sender.fail(error, final=True)
+
+
+def record_of(stream: Stream, now_ns: int) -> Record:
+    return Record.of(
+        prompt_tokens=len(stream.generation.request.prompt),
+        generated_tokens=stream.generated,
+        arrival_ns=stream.job.arrival_ns,
+        now_ns=now_ns,
+        perf=stream.perf,
+        error=stream.error,
+        cancelled=stream.job.cancelled or stream.finish_reason is FinishReason.CANCELLED,
+    )

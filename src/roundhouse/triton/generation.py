@@ -150,21 +150,9 @@ def prompt_text(fields: Fields, name: str, tokenizer: Tokenizer, max_seq_len: in
         refuse(f"{label}: missing; send the prompt as one string")
     if not text:
         refuse(f"{label}: is empty; send a prompt of at least one character")
-    if max_seq_len is not None and len(text) > max_seq_len * longest_token(tokenizer):
+    if max_seq_len is not None and len(text) > max_seq_len * tokenizer.longest_token:
         refuse(f"{label}: {len(text)} characters cannot fit into max_seq_len {max_seq_len} tokens; shorten the prompt")
     return text
-
-
-def longest_token(tokenizer: Tokenizer) -> int:
-    """Characters of the longest token of the vocabulary: no text has fewer tokens than its length divided by this."""
-    length = _longest_tokens.get(id(tokenizer))
-    if length is None:
-        length = max(map(len, tokenizer.backend.get_vocab(with_added_tokens=True)), default=1)
-        _longest_tokens[id(tokenizer)] = length
-    return length
-
-
-_longest_tokens: dict[int, int] = {}
 
 
 def words_of(fields: Fields, name: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:

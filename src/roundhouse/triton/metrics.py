@@ -10,51 +10,12 @@ import queue
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
-from roundhouse.engine.protocol import ErrorCode, FinishReason, Stats
-from roundhouse.triton.stream import Stream
+from roundhouse.engine.protocol import Stats
+from roundhouse.metrics import COUNTERS, HISTOGRAMS, Record
 
 PUBLISH_SECONDS = 0.25
-TOKEN_BUCKETS = [10.0, 50.0, 100.0, 500.0, 1000.0]
-TTFT_BUCKETS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
-ITL_BUCKETS = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0]
-REQUEST_BUCKETS = [0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0]
-
-# Histogram name -> (description, labels beyond model and version, buckets). The first two are upstream's.
-HISTOGRAMS: dict[str, tuple[str, dict[str, str], list[float]]] = {
-    "nv_llm_input_token_len": (
-        "TRT LLM response metrics", {"response_metric_type": "total_input_tokens"}, TOKEN_BUCKETS,
-    ),
-    "nv_llm_output_token_len": (
-        "TRT LLM response metrics", {"response_metric_type": "total_output_tokens"}, TOKEN_BUCKETS,
-    ),
-    "roundhouse_time_to_first_token_seconds": (
-        "From the arrival of a request to the sending of its first response with a token", {}, TTFT_BUCKETS,
-    ),
-    "roundhouse_inter_token_latency_seconds": (
-        "Mean time between the tokens of a request after the first, as the engine made them", {}, ITL_BUCKETS,
-    ),
-    "roundhouse_queue_seconds": (
-        "From the arrival of a request to its first engine step", {}, TTFT_BUCKETS,
-    ),
-    "roundhouse_request_seconds": (
-        "From the arrival of a request to the sending of its last response", {}, REQUEST_BUCKETS,
-    ),
-}  # fmt: skip
-COUNTERS = {
-    "roundhouse_requests_total": "Sequences that ended, for whatever reason",
-    "roundhouse_prompt_tokens_total": "Prompt tokens of sequences that ended",
-    "roundhouse_generated_tokens_total": "Tokens that were generated for clients",
-    "roundhouse_cancelled_total": "Sequences whose client went away or cancelled",
-    "roundhouse_rejected_total": "Prompts and sequences that were refused",
-    "roundhouse_failed_total": "Sequences that ended with an error of the server",
-    "roundhouse_kv_blocks_reused_total": "KV blocks that sequences found in the cache",
-    "roundhouse_draft_tokens_total": "Draft tokens that were proposed",
-    "roundhouse_accepted_draft_tokens_total": "Draft tokens that were accepted",
-    "roundhouse_engine_restarts_total": "Restarts of the engine process",
-}
 # Upstream's gauges: family -> (description, label, label value -> how to read it from Stats).
 GAUGES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "nv_trt_llm_request_metrics": ("TRT LLM request metrics", "request_type", {
@@ -90,47 +51,6 @@ GAUGES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "iteration_counter": lambda s: s.steps,
     }),
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What one sequence adds to the metrics. Times in seconds; None where there is no such time."""
-
-    prompt_tokens: int
-    generated_tokens: int
-    request_seconds: float
-    queue_seconds: float | None
-    itl_seconds: float | None
-    outcome: str | None  # a counter's name, beyond roundhouse_requests_total
-    kv_blocks_reused: int
-    draft_tokens: int
-    accepted_draft_tokens: int
-
-    @classmethod
-    def of(cls, stream: Stream, now_ns: int) -> Self:
-        perf, error = stream.perf, stream.error
-        arrival = stream.job.arrival_ns
-        outcome = None
-        if error is not None:
-            refused = error.code in (ErrorCode.INVALID_ARGUMENT, ErrorCode.UNSUPPORTED) or "queue size" in error.message
-            outcome = "roundhouse_rejected_total" if refused else "roundhouse_failed_total"
-        elif stream.job.cancelled or stream.finish_reason is FinishReason.CANCELLED:
-            outcome = "roundhouse_cancelled_total"
-        itl = None
-        if perf is not None and stream.generated > 1:
-            itl = (perf.last_token_ns - perf.first_token_ns) / (stream.generated - 1) / 1e9
-        scheduled = perf is not None and perf.first_scheduled_ns > 0
-        return cls(
-            prompt_tokens=len(stream.generation.request.prompt),
-            generated_tokens=stream.generated,
-            request_seconds=(now_ns - arrival) / 1e9,
-            queue_seconds=(perf.first_scheduled_ns - arrival) / 1e9 if perf is not None and scheduled else None,
-            itl_seconds=itl,
-            outcome=outcome,
-            kv_blocks_reused=perf.reused_blocks if perf is not None else 0,
-            draft_tokens=perf.draft_tokens if perf is not None else 0,
-            accepted_draft_tokens=perf.accepted_draft_tokens if perf is not None else 0,
-        )
 
 
 class Metrics:
@@ -172,21 +92,10 @@ class Metrics:
         self._work.put(Counter({"roundhouse_rejected_total": 1}))
 
     def finished(self, record: Record) -> None:
-        self._work.put(("nv_llm_input_token_len", record.prompt_tokens))
-        self._work.put(("nv_llm_output_token_len", record.generated_tokens))
-        self._work.put(("roundhouse_request_seconds", record.request_seconds))
-        if record.queue_seconds is not None:
-            self._work.put(("roundhouse_queue_seconds", record.queue_seconds))
-        if record.itl_seconds is not None:
-            self._work.put(("roundhouse_inter_token_latency_seconds", record.itl_seconds))
-        self._counts["roundhouse_requests_total"] += 1
-        self._counts["roundhouse_prompt_tokens_total"] += record.prompt_tokens
-        self._counts["roundhouse_generated_tokens_total"] += record.generated_tokens
-        self._counts["roundhouse_kv_blocks_reused_total"] += record.kv_blocks_reused
-        self._counts["roundhouse_draft_tokens_total"] += record.draft_tokens
-        self._counts["roundhouse_accepted_draft_tokens_total"] += record.accepted_draft_tokens
-        if record.outcome is not None:
-            self._counts[record.outcome] += 1
+        for observation in record.observations():
+            self._work.put(observation)
+        for name, increment in record.counts():
+            self._counts[name] += increment
 
     def publish(self, stats: Stats | None, restarts: int) -> None:
         """Hand over what has gathered; does nothing if it was called less than PUBLISH_SECONDS ago."""
