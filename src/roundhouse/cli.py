@@ -131,14 +131,48 @@ def serve(
     http_address: Annotated[str, typer.Option(help="0.0.0.0 for all interfaces")] = "127.0.0.1",
     grpc_address: str = "127.0.0.1",
     metrics_address: str = "127.0.0.1",
+    openai: Annotated[bool, typer.Option("--openai", help="that door too; default: if the deployment says so")] = False,
+    openai_port: int = 9000,
+    openai_address: str = "127.0.0.1",
     drain_seconds: Annotated[int, typer.Option(help="how long open streams may go on after SIGTERM")] = 60,
     log_verbose: Annotated[bool, typer.Option("--log-verbose", help="Triton's whole log")] = False,
 ) -> None:
     """Serve a deployment in the foreground. SIGTERM drains: open streams finish, exit code 0."""
     from roundhouse import serve as serving
 
-    addresses = serving.Addresses(http_port, grpc_port, metrics_port, http_address, grpc_address, metrics_address)
-    raise typer.Exit(serving.serve(deployment, addresses, drain_seconds=drain_seconds, verbose=log_verbose))
+    addresses = serving.Addresses(
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        openai_port=openai_port,
+        http_address=http_address,
+        grpc_address=grpc_address,
+        metrics_address=metrics_address,
+        openai_address=openai_address,
+    )
+    code = serving.serve(deployment, addresses, openai=openai, drain_seconds=drain_seconds, verbose=log_verbose)
+    raise typer.Exit(code)
+
+
+@app.command("openai")
+def openai_door(
+    deployment: DeploymentPath = DEFAULT,
+    port: int = 9000,
+    address: Annotated[str, typer.Option(help="0.0.0.0 for all interfaces")] = "127.0.0.1",
+    grpc_url: Annotated[
+        str | None, typer.Option(help="which server of this machine, if several run the deployment: HOST:PORT")
+    ] = None,
+    drain_seconds: Annotated[int, typer.Option(help="how long open answers may go on after SIGTERM")] = 60,
+) -> None:
+    """Open an OpenAI-compatible front door of a running server, in the foreground. SIGTERM drains."""
+    from roundhouse.deployment import DeploymentError
+    from roundhouse.openai import server
+
+    try:
+        raise typer.Exit(server.run(deployment, address, port, grpc_url, drain_seconds=drain_seconds))
+    except (DeploymentError, server.DoorError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
 
 
 @app.command()

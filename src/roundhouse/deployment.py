@@ -171,6 +171,25 @@ class Serving(Section):
     exclude_input_in_output: bool = Field(default=False, description="default of the request input of that name")
 
 
+class OpenAi(Section):
+    """The OpenAI-compatible front door. If the section is there, `roundhouse serve` starts it with the server."""
+
+    workers: PositiveInt = Field(default=2, description="processes that share the port")
+    models: list[str] = Field(default=[], description="names that clients may ask for; default: the model folder's")
+    api_key_file: str | None = Field(default=None, description="keys, one a line; default: ROUNDHOUSE_API_KEY, if set")
+    max_body_bytes: PositiveInt = Field(default=4 * 2**20, description="larger requests are refused")
+    access_log: bool = Field(default=True, description="a line for each request, without its prompt")
+    log_prompts: bool = Field(default=False, description="also log what clients send")
+    tls_certificate: str | None = Field(default=None, description="PEM file, with the chain")
+    tls_key: str | None = Field(default=None, description="PEM file")
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("openai.tls_certificate and openai.tls_key: give both, or neither")
+        return self
+
+
 class Slo(Section):
     """Service level objectives, in milliseconds, at the 95th percentile."""
 
@@ -187,9 +206,15 @@ class Deployment(Section):
     scheduling: Scheduling = Scheduling()
     fronts: Fronts = Fronts()
     serving: Serving = Serving()
+    openai: OpenAi | None = None
     speculative: Speculative | None = None
     gpu: Gpu | None = None
     slo: Slo | None = None
+
+    @property
+    def openai_section(self) -> OpenAi:
+        """The section, or its defaults for a front door that is started by hand."""
+        return self.openai or OpenAi()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -359,6 +384,8 @@ def parse(raw: dict[str, Any], *, source: str, base: Path) -> Deployment:
         update["engine"] = _absolute(deployment.engine, base, *folders)
     if deployment.speculative is not None:
         update["speculative"] = _absolute(deployment.speculative, base, "draft_model", "draft_engine")
+    if deployment.openai is not None:
+        update["openai"] = _absolute(deployment.openai, base, "api_key_file", "tls_certificate", "tls_key")
     return deployment.model_copy(update=update)
 
 

@@ -39,7 +39,7 @@ def run(deployment: Path, prompt: str, *, once: bool) -> int:
             console.print(next_steps(addresses, prompt), highlight=False, markup=False)
             console.print("serving; Ctrl-C stops")
             while not stop.wait(0.2):
-                if server.process.poll() is not None:
+                if server.ended():
                     console.print(server.why(), markup=False)
                     server.kill()
                     return 1

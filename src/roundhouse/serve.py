@@ -24,11 +24,12 @@ from rich.console import Console
 from roundhouse import deployment as deployments
 from roundhouse import repository, tritonserver
 from roundhouse.engine.client import EngineMonitor
-from roundhouse.engine.runtime import DRAINING, runtime_dir
+from roundhouse.engine.runtime import DRAINING, ServerRecord, announce, runtime_dir
 
 IDLE_SECONDS = 1.0  # how long the engine must be idle before all answers have surely reached their clients
 EXIT_SECONDS = 2  # Triton's own time to end after that: requests whose clients have gone would keep it for ever
 PROGRESS_SECONDS = 10.0
+DOOR_SECONDS = 60.0  # for the OpenAI front door to open
 NOISE = ("pinned memory", "CUDA memory", "CudaDriver", "CUDA driver", "NVML", "GPU metrics", "Cache metrics", "DCGM")
 
 
@@ -43,16 +44,19 @@ class Addresses:
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
+    openai_port: int = 9000
     http_address: str = "127.0.0.1"
     grpc_address: str = "127.0.0.1"
     metrics_address: str = "127.0.0.1"
+    openai_address: str = "127.0.0.1"
 
-    def check(self) -> None:
-        """Raises ServeError if a port cannot be had."""
+    def check(self, *, openai: bool) -> None:
+        """Raises ServeError if a port cannot be had. `openai`: whether that one is needed."""
         wanted = {
             "http": (self.http_address, self.http_port),
             "grpc": (self.grpc_address, self.grpc_port),
             "metrics": (self.metrics_address, self.metrics_port),
+            **({"openai": (self.openai_address, self.openai_port)} if openai else {}),
         }
         for name, address in wanted.items():
             with socket.socket() as sock:
@@ -68,12 +72,26 @@ class Addresses:
 class Server:
     """A running tritonserver and everything that it started."""
 
-    def __init__(self, deployment: Path, addresses: Addresses, *, drain_seconds: int = 60, verbose: bool = False):
-        """Start it. Raises DeploymentError, TritonError or ServeError."""
+    def __init__(
+        self,
+        deployment: Path,
+        addresses: Addresses,
+        *,
+        openai: bool = False,
+        drain_seconds: int = 60,
+        verbose: bool = False,
+    ):
+        """Start it. `openai`: open that door even if the deployment does not ask for it.
+
+        Raises DeploymentError, TritonError or ServeError.
+        """
         parsed = deployments.load(deployment)
         triton = tritonserver.find()
-        addresses.check()
+        self._has_door = openai or parsed.openai is not None
+        addresses.check(openai=self._has_door)
         self.addresses = addresses
+        self._deployment = deployment
+        self._door: subprocess.Popen[bytes] | None = None
         self.drain_seconds = drain_seconds
         self._folder = tempfile.TemporaryDirectory(prefix="roundhouse-repository-")
         models = Path(self._folder.name) / "model_repository"
@@ -94,7 +112,41 @@ class Server:
         self._reader.start()
 
     def wait_ready(self, console: Console) -> None:
-        """Wait until all models are loaded. Raises ServeError if the server ends instead."""
+        """Wait until all models are loaded and the doors are open. Raises ServeError if the server ends instead."""
+        self._wait_loaded(console)
+        addresses = self.addresses
+        record = ServerRecord(
+            deployment=str(self._deployment.resolve()),
+            grpc=f"{addresses.grpc_address}:{addresses.grpc_port}",
+            metrics_url=f"http://{_reachable(addresses.metrics_address)}:{addresses.metrics_port}/metrics",
+        )
+        announce(self.process.pid, record)
+        if self._has_door:
+            self._door = subprocess.Popen(
+                _door_command(self._deployment, addresses, self.drain_seconds),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            self._wait_door()
+
+    def ended(self) -> bool:
+        """Whether Triton, or the OpenAI front door, has ended by itself."""
+        return self.process.poll() is not None or (self._door is not None and self._door.poll() is not None)
+
+    def _wait_door(self) -> None:
+        deadline = time.monotonic() + DOOR_SECONDS
+        while not self.ended() and time.monotonic() < deadline:
+            with (
+                suppress(OSError),
+                socket.create_connection(
+                    (_reachable(self.addresses.openai_address), self.addresses.openai_port), timeout=2
+                ),
+            ):
+                return
+            time.sleep(0.05)
+        raise ServeError("the OpenAI front door does not open; its log says why")
+
+    def _wait_loaded(self, console: Console) -> None:
         url = f"http://{_reachable(self.addresses.http_address)}:{self.addresses.http_port}/v2/health/ready"
         started = told = time.monotonic()
         with console.status("starting Triton and loading the engine"):
@@ -121,6 +173,8 @@ class Server:
         Triton hears of it last: from its SIGTERM on it would refuse the steps of an ensemble that is still streaming.
         """
         (runtime_dir(self.process.pid) / DRAINING).touch()
+        if self._door is not None:
+            self._door.terminate()
         self._wait_idle()
         with suppress(subprocess.TimeoutExpired):
             self.process.terminate()
@@ -146,11 +200,16 @@ class Server:
     def kill(self) -> None:
         """End the server and all that it started, at once."""
         children = []
-        with suppress(psutil.NoSuchProcess):
-            children = psutil.Process(self.process.pid).children(recursive=True)
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+        processes: list[subprocess.Popen[str] | subprocess.Popen[bytes]] = [self.process]
+        if self._door is not None:
+            processes.append(self._door)
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                children += psutil.Process(process.pid).children(recursive=True)
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
         _, alive = psutil.wait_procs(children, timeout=3)
         for child in alive:
             with suppress(psutil.NoSuchProcess):
@@ -194,11 +253,20 @@ def _command(triton: tritonserver.Triton, models: Path, addresses: Addresses) ->
     ]
 
 
+def _door_command(deployment: Path, addresses: Addresses, drain_seconds: int) -> list[str]:
+    return [
+        *(sys.executable, "-m", "roundhouse.cli", "openai", str(deployment)),
+        *("--port", str(addresses.openai_port), "--address", addresses.openai_address),
+        *("--grpc-url", f"{addresses.grpc_address}:{addresses.grpc_port}"),
+        *("--drain-seconds", str(drain_seconds)),
+    ]
+
+
 def _reachable(address: str) -> str:
     return "127.0.0.1" if address in ("0.0.0.0", "") else address
 
 
-def serve(deployment: Path, addresses: Addresses, *, drain_seconds: int, verbose: bool) -> int:
+def serve(deployment: Path, addresses: Addresses, *, openai: bool, drain_seconds: int, verbose: bool) -> int:
     """Run a server until SIGTERM or Ctrl-C. Returns the exit code; a second signal ends it at once."""
     console = Console(stderr=True)
     stop = threading.Event()
@@ -213,7 +281,7 @@ def serve(deployment: Path, addresses: Addresses, *, drain_seconds: int, verbose
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     try:
-        server = Server(deployment, addresses, drain_seconds=drain_seconds, verbose=verbose)
+        server = Server(deployment, addresses, openai=openai, drain_seconds=drain_seconds, verbose=verbose)
         server.wait_ready(console)
     except (deployments.DeploymentError, tritonserver.TritonError, ServeError) as error:
         if server is not None:
@@ -228,8 +296,8 @@ def serve(deployment: Path, addresses: Addresses, *, drain_seconds: int, verbose
         highlight=False,
     )
     while not stop.wait(0.2):
-        if server.process.poll() is not None:
-            console.print(f"tritonserver has ended with code {server.process.returncode}\n{server.why()}", markup=False)
+        if server.ended():
+            console.print(f"the server has ended by itself\n{server.why()}", markup=False)
             server.kill()
             return 1
     console.print("draining: open streams finish, new requests are refused (once more to stop at once)")

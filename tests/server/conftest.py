@@ -37,12 +37,14 @@ class Server:
     def __init__(self, deployment: Path, log: Path, *options: str) -> None:
         self.deployment = deployment
         self.log = log
-        http, grpc, metrics = free_ports(3)
+        http, grpc, metrics, openai = free_ports(4)
         self.http_url = f"http://127.0.0.1:{http}"
         self.grpc_url = f"127.0.0.1:{grpc}"
         self.metrics_url = f"http://127.0.0.1:{metrics}"
+        self.openai_url = f"http://127.0.0.1:{openai}"  # if the deployment opens that door
         self._command = [sys.executable, "-m", "roundhouse.cli", "serve", str(deployment), "--http-port", str(http)]
-        self._command += ["--grpc-port", str(grpc), "--metrics-port", str(metrics), *options]
+        self._command += ["--grpc-port", str(grpc), "--metrics-port", str(metrics), "--openai-port", str(openai)]
+        self._command += options
 
     def __enter__(self) -> Self:
         with self.log.open("w") as log:

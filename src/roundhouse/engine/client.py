@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -75,15 +76,17 @@ class EngineClient:
     """Submits requests and polls for their outputs. One thread owns it; only `wake` may be called by others.
 
     If the engine ends, every open request ends with an error Output at once, and so does what is submitted until it is
-    back. One of the clients of a server keeps the engine running (see keeper.py); `poll` is when it does so.
+    back. One of the clients of a server keeps the engine running (see keeper.py); `poll` is when it does so. A client
+    without a deployment leaves that to others.
     """
 
-    def __init__(self, deployment: Path, front: str, server_pid: int, *, log: Callable[[str], None]) -> None:
+    def __init__(self, deployment: Path | None, front: str, server_pid: int, *, log: Callable[[str], None]) -> None:
         self._front = front
         self._log = log
         self._folder = runtime_dir(server_pid)
-        self._keeper = Keeper(deployment, self._folder, server_pid, log)
+        self._keeper = Keeper(deployment, self._folder, server_pid, log) if deployment is not None else None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll = select.epoll()
         self._poller = zmq.Poller()
         self._poller.register(self._wake, zmq.POLLIN)
         self._connection: Connection | None = None
@@ -98,7 +101,7 @@ class EngineClient:
     @property
     def restarts(self) -> int:
         """Restarts of the engine that this client has seen to."""
-        return self._keeper.restarts
+        return self._keeper.restarts if self._keeper is not None else 0
 
     @property
     def connected(self) -> bool:
@@ -143,10 +146,18 @@ class EngineClient:
         now = time.monotonic()
         if now >= self._next_tend:
             self._next_tend = now + TEND_SECONDS
-            self._keeper.tend(self._heard if self.connected else None)
+            if self._keeper is not None:
+                self._keeper.tend(self._heard if self.connected else None)
             self._connect(now)
         failed, self._failed = self._failed, []
         return outputs + failed
+
+    def fileno(self) -> int:
+        """Readable when something has come, for event loops: call `poll(0)` then, and after each submit or cancel.
+
+        `poll` must be called every TEND_SECONDS besides.
+        """
+        return self._epoll.fileno()
 
     def wake(self) -> None:
         os.eventfd_write(self._wake, 1)
@@ -157,7 +168,9 @@ class EngineClient:
 
     def close(self) -> None:
         self._disconnect()
-        self._keeper.close()
+        if self._keeper is not None:
+            self._keeper.close()
+        self._epoll.close()
         os.close(self._wake)
 
     def _read(self) -> list[Output]:
@@ -197,6 +210,7 @@ class EngineClient:
         self._disconnect()
         self._connection = Connection(self._folder, self._front)
         self._poller.register(self._connection.socket, zmq.POLLIN)
+        self._epoll.register(self._connection.socket.FD, select.EPOLLIN)
 
     def _lost(self) -> None:
         self._failed += [Output(id=id, tokens=[], error=_unavailable(GONE)) for id in sorted(self._open)]
@@ -211,6 +225,7 @@ class EngineClient:
             self._pidfd = None
         if self._connection is not None:
             self._poller.unregister(self._connection.socket)
+            self._epoll.unregister(self._connection.socket.FD)
             self._connection.close()
             self._connection = None
 

@@ -10,6 +10,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
+
 from roundhouse.engine.base import EngineError
 
 SOCKET = "engine.sock"
@@ -18,6 +20,29 @@ LOCK = "engine.lock"
 PID = "engine.pid"
 FAILURE = "engine.failure"
 DRAINING = "draining"  # exists once the server takes no more requests
+SERVER = "server.json"  # a ServerRecord, once the server is ready
+
+
+class ServerRecord(msgspec.Struct, frozen=True):
+    """What others on this machine may know of a server: its deployment file, `host:port` of gRPC, its metrics page."""
+
+    deployment: str
+    grpc: str
+    metrics_url: str
+
+
+def announce(server_pid: int, record: ServerRecord) -> None:
+    write_private(runtime_dir(server_pid) / SERVER, msgspec.json.encode(record).decode())
+
+
+def servers() -> dict[int, ServerRecord]:
+    """The ready servers of this user, by process id."""
+    found = {}
+    for path in _base().glob(f"*/{SERVER}"):
+        text = read(path)
+        if text and alive(int(path.parent.name)):
+            found[int(path.parent.name)] = msgspec.json.decode(text, type=ServerRecord)
+    return found
 
 
 def runtime_dir(server_pid: int) -> Path:
@@ -25,7 +50,7 @@ def runtime_dir(server_pid: int) -> Path:
 
     Folders of servers that are gone are removed. Raises EngineError if the folder belongs to somebody else.
     """
-    base = Path(tempfile.gettempdir()) / f"roundhouse-{os.getuid()}"
+    base = _base()
     for folder in (base, base / str(server_pid)):
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
@@ -33,6 +58,10 @@ def runtime_dir(server_pid: int) -> Path:
             raise EngineError(f"{folder}: must be a folder that only its owner can enter; remove it and start again")
     _remove_stale(base)
     return base / str(server_pid)
+
+
+def _base() -> Path:
+    return Path(tempfile.gettempdir()) / f"roundhouse-{os.getuid()}"
 
 
 def write_private(path: Path, text: str) -> None:

@@ -30,6 +30,8 @@ class ChunkDecoder(Protocol):
 
     def next_window(self, window: Sequence[int], new: Sequence[int]) -> list[int]: ...
 
+    def token_bytes(self, token_id: int) -> bytes: ...
+
 
 def choose_decoder(backend: RustTokenizer, skip_special_tokens: bool) -> ChunkDecoder:
     """The class that knows the decoder of `backend`, or `WholeAnswerDecoder` if none does."""
@@ -95,6 +97,10 @@ class WholeAnswerDecoder:
     def next_window(self, window: Sequence[int], new: Sequence[int]) -> list[int]:
         return [*window, *new]
 
+    def token_bytes(self, token_id: int) -> bytes:
+        text: str = self._backend.decode([token_id], skip_special_tokens=self._skip_special_tokens)
+        return text.encode()
+
 
 class ByteLevelDecoder:
     """Byte-level BPE (GPT-2, Llama 3, Qwen): a text is the UTF-8 of the joined bytes of its tokens.
@@ -136,6 +142,9 @@ class ByteLevelDecoder:
             if size >= pending:
                 return kept[count - 1 :: -1]
         return kept[::-1]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._bytes[token_id]
 
 
 class _BytesTable(dict[int, bytes]):
@@ -220,6 +229,10 @@ class PieceDecoder:
         if not self._is_open(held, run):
             held, run = (), self._first_broken([*held, *run])
         return [*([self._anchor] if head else ()), *held, *run]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        piece = self._pieces[token_id]
+        return bytes([piece]) if isinstance(piece, int) else (piece or "").encode()
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self._backend.decode(ids, skip_special_tokens=self._skip_special_tokens)

@@ -49,6 +49,10 @@ class Detokenizer:
         """The window that stands for the answer `ids`."""
         return self._decoder.next_window((), ids)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to an answer, in UTF-8; part of a character for some."""
+        return self._decoder.token_bytes(token_id)
+
     def text(self, ids: Sequence[int]) -> str:
         """Text of a whole answer."""
         return self._tokenizer.decode(ids, self._skip_special_tokens)

@@ -1,0 +1,449 @@
+"""The OpenAI-compatible front door, through the clients that people use."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+import requests
+from langchain_openai import ChatOpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.server import client
+from tests.server.client import gauge, until
+from tests.server.conftest import Server, free_ports, write_deployment
+
+pytestmark = pytest.mark.server
+KEY = "sk-test"
+SORT = "sort: 14 58 35 ="
+
+
+@dataclass
+class Door:
+    """An open front door."""
+
+    url: str
+    log: Path
+    process: psutil.Process
+
+    @property
+    def sdk(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
+
+    def post(self, path: str, body: Any, **options: Any) -> requests.Response:
+        headers = {"Authorization": f"Bearer {KEY}", **options.pop("headers", {})}
+        return requests.post(self.url + path, json=body, headers=headers, timeout=30, **options)
+
+    def get(self, path: str) -> requests.Response:
+        return requests.get(self.url + path, headers={"Authorization": f"Bearer {KEY}"}, timeout=30)
+
+    def ready(self) -> bool:
+        with suppress(requests.ConnectionError):
+            return requests.get(f"{self.url}/ready", timeout=5).status_code == 200
+        return False
+
+
+@contextmanager
+def opened(server: Server, log: Path) -> Iterator[Door]:
+    """`roundhouse openai` in front of a running server."""
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "roundhouse.cli", "openai", str(server.deployment), "--port", str(port)]
+    command += ["--grpc-url", server.grpc_url]
+    with log.open("w") as file:
+        environment = {**os.environ, "ROUNDHOUSE_API_KEY": KEY}
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    door = Door(f"http://127.0.0.1:{port}", log, psutil.Process(process.pid))
+    try:
+        until(door.ready, 60, f"the front door is open\n{log.read_text()}")
+        yield door
+    finally:
+        process.terminate()
+        assert process.wait(timeout=30) == 0, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def door(local_cpu: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    """In front of the little model."""
+    with opened(local_cpu, tmp_path_factory.mktemp("openai") / "log") as door:
+        yield door
+
+
+@pytest.fixture(scope="module")
+def slow(synthetic: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    """In front of streams of 200 tokens a second."""
+    with opened(synthetic, tmp_path_factory.mktemp("openai") / "log") as door:
+        yield door
+
+
+# --- what is answered ---------------------------------------------------------------------------------
+
+
+def test_the_sdk_completes(door: Door) -> None:
+    sdk = door.sdk
+    (name,) = [model.id for model in sdk.models.list()]
+    assert name == sdk.models.retrieve(name).id == "tiny"
+    whole = sdk.completions.create(model=name, prompt=SORT, max_tokens=40, temperature=0)
+    assert whole.choices[0].text.strip() == "14 35 58"
+    assert whole.choices[0].finish_reason == "stop"
+    assert whole.usage is not None
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    chunks = list(
+        sdk.completions.create(
+            model=name, prompt=SORT, max_tokens=40, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_the_sdk_chats(door: Door) -> None:
+    messages: Any = [{"role": "user", "content": SORT}]
+    whole = door.sdk.chat.completions.create(model="tiny", messages=messages, temperature=0, logprobs=True)
+    text = whole.choices[0].message.content
+    assert text is not None
+    assert "14 35 58" in text
+    told = whole.choices[0].logprobs
+    assert told is not None
+    assert told.content is not None
+    assert all(entry.logprob <= 0 for entry in told.content)
+    assert b"".join(bytes(entry.bytes or ()) for entry in told.content).decode().startswith(text)
+    with door.sdk.chat.completions.create(model="tiny", messages=messages, temperature=0, stream=True) as stream:
+        deltas = [chunk.choices[0].delta for chunk in stream]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == text
+
+
+def test_the_asynchronous_sdk_streams_side_by_side(door: Door) -> None:
+    async def one(sdk: openai.AsyncOpenAI, number: int) -> str:
+        stream = await sdk.completions.create(
+            model="tiny", prompt=f"copy: {number} {number} =", max_tokens=30, temperature=0, stream=True
+        )
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{door.url}/v1", api_key=KEY) as sdk:
+            return await asyncio.gather(*(one(sdk, number) for number in range(10, 26)))
+
+    assert [text.strip() for text in asyncio.run(all_of_them())] == [f"{n} {n}" for n in range(10, 26)]
+
+
+def test_langchain_chats(door: Door) -> None:
+    chat = ChatOpenAI(model="tiny", base_url=f"{door.url}/v1", api_key=KEY, temperature=0, stream_usage=True)
+    answer = chat.invoke(SORT)
+    assert "14 35 58" in str(answer.content)
+    assert answer.usage_metadata is not None
+    pieces = list(chat.stream([("system", "be brief"), ("human", SORT)]))
+    assert len(pieces) > 1
+    with pytest.raises(openai.BadRequestError, match="not supported with this model"):
+        chat.bind(response_format={"type": "json_object"}).invoke(SORT)
+
+
+def test_curl_streams(door: Door) -> None:
+    body = json.dumps({"model": "tiny", "prompt": SORT, "max_tokens": 40, "temperature": 0, "stream": True})
+    command = ["curl", "-sN", f"{door.url}/v1/completions", "-H", f"Authorization: Bearer {KEY}"]
+    command += ["-H", "Content-Type: application/json", "-d", body]
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split("\n\n")
+    events = [line.removeprefix("data: ") for line in lines if line]
+    assert events[-1] == "[DONE]"
+    text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
+    assert text.strip() == "14 35 58"
+
+
+def test_batches_samples_echo_and_stop(door: Door) -> None:
+    body = {"model": "tiny", "prompt": [SORT, "copy: one two three ="], "n": 2, "echo": True, "temperature": 0}
+    reply = door.post("/v1/completions", {**body, "max_tokens": 40, "stop": ["35", "three"]}).json()
+    texts = [choice["text"] for choice in reply["choices"]]
+    assert texts[0] == texts[1]
+    assert [text.replace("= ", "=").strip() for text in texts[::2]] == [f"{SORT}14", "copy: one two three =one two"]
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+    assert all(choice["finish_reason"] == "stop" for choice in reply["choices"])
+
+
+def test_seeds_and_bias_reach_the_engine(door: Door) -> None:
+    def text(**fields: Any) -> str:
+        body = {"model": "tiny", "prompt": "a story:", "max_tokens": 12, **fields}
+        return str(door.post("/v1/completions", body).json()["choices"][0]["text"])
+
+    assert text(seed=5) == text(seed=5)
+    assert len({text(seed=seed) for seed in range(4)}) > 1
+    (token,) = door.post("/tokenize", {"prompt": "z", "add_special_tokens": False}).json()["tokens"]
+    assert text(logit_bias={str(token): 100}, ignore_eos=True) == "z" * 12
+
+
+def test_tokens_there_and_back(door: Door) -> None:
+    tokens = door.post("/tokenize", {"prompt": "hello wörld"}).json()
+    assert tokens["count"] == len(tokens["tokens"])
+    assert door.post("/detokenize", {"tokens": tokens["tokens"]}).json()["prompt"].endswith("hello wörld")
+    chat = door.post("/tokenize", {"messages": [{"role": "user", "content": "hello"}]}).json()["tokens"]
+    assert door.post("/detokenize", {"tokens": chat}).json()["prompt"].endswith("<|user|>hello<|end|><|assistant|>")
+
+
+# --- what is refused ----------------------------------------------------------------------------------
+
+
+def test_the_sdk_gets_its_own_errors(door: Door) -> None:
+    chat = door.sdk.chat.completions
+    hello: Any = [{"role": "user", "content": "hello"}]
+    with pytest.raises(openai.NotFoundError) as missing:
+        chat.create(model="gpt-5", messages=hello)
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError) as bad:
+        chat.create(model="tiny", messages=hello, extra_body={"bogus": 1})
+    assert (bad.value.code, bad.value.param) == ("unknown_parameter", "bogus")
+    with pytest.raises(openai.BadRequestError) as long:
+        chat.create(model="tiny", messages=hello, max_completion_tokens=5000)
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.UnprocessableEntityError, match="role tool is unknown"):
+        chat.create(model="tiny", messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{door.url}/v1", api_key="sk-wrong").models.list()
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [(b"{", 400), (b"[]", 400), (b'"x"', 400), (b"\xff", 400), (b"[" * 100_000, 400), (b"{}", 400), (b"", 400)],
+)
+def test_nonsense_is_refused(door: Door, body: bytes, status: int) -> None:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    reply = requests.post(f"{door.url}/v1/completions", data=body, headers=headers, timeout=10)
+    assert reply.status_code == status
+    assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_other_paths_and_methods(door: Door) -> None:
+    assert door.get("/v1/nothing").status_code == 404
+    assert door.get("/v1/completions").status_code == 405
+    assert "Invalid URL" in door.get("/v1/nothing").json()["error"]["message"]
+    assert requests.get(f"{door.url}/v1/models", timeout=10).status_code == 401  # no key
+    assert requests.get(f"{door.url}/health", timeout=10).status_code == 200
+
+
+# --- what it costs to go away, and what is full -------------------------------------------------------
+
+
+def idle(server: Server) -> bool:
+    return gauge(server, "active") == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_the_engine(slow: Door, synthetic: Server, stream: bool) -> None:
+    until(lambda: idle(synthetic), 10, "idle")
+    body = {"model": "tiny", "prompt": "a b", "max_tokens": 8000, "ignore_eos": True, "stream": stream, "n": 3}
+    done = threading.Event()
+
+    def abandoned() -> None:
+        with suppress(requests.RequestException):
+            reply = requests.post(
+                f"{slow.url}/v1/completions",
+                json=body,
+                headers={"Authorization": f"Bearer {KEY}"},
+                stream=stream,
+                timeout=1,
+            )
+            lines = reply.iter_lines()  # kept: its end would end the connection
+            next(lines)
+            done.wait(5)
+            reply.close()
+
+    thread = threading.Thread(target=abandoned)
+    thread.start()
+    until(lambda: gauge(synthetic, "active") == 3, 5, "three active sequences")
+    done.set()
+    thread.join()
+    assert until(lambda: idle(synthetic), 1.3, "cancelled") < 1.3  # gauges are 0.3 s old
+
+
+def test_a_full_queue_is_429(slow: Door, synthetic: Server) -> None:
+    until(lambda: idle(synthetic), 10, "idle")
+    body = {"model": "tiny", "prompt": "a b", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with requests.post(
+        f"{slow.url}/v1/completions", json={**body, "n": 80}, headers=headers, stream=True, timeout=30
+    ) as full:
+        assert full.status_code == 200
+        with pytest.raises(openai.RateLimitError) as caught:
+            slow.sdk.completions.create(model="tiny", prompt="a", max_tokens=5)
+        assert caught.value.response.headers["retry-after"] == "1"
+        assert slow.post("/v1/completions", body).status_code == 429
+    until(lambda: idle(synthetic), 5, "idle")
+
+
+# --- operations ---------------------------------------------------------------------------------------
+
+
+def test_ids_and_traces_come_back_and_are_logged_without_prompts(door: Door) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    headers = {"X-Request-Id": "id-17", "traceparent": f"00-{trace}-b7ad6b7169203331-01", "tracestate": "a=b"}
+    body = {"model": "tiny", "prompt": "secret words", "max_tokens": 3}
+    reply = door.post("/v1/completions", body, headers=headers)
+    assert reply.headers["x-request-id"] == "id-17"
+    assert reply.headers["traceparent"] == headers["traceparent"]
+    assert reply.headers["tracestate"] == "a=b"
+    assert reply.json()["id"] == "cmpl-id-17"
+    until(lambda: "id=id-17" in door.log.read_text(), 2, "a line in the log")
+    (line,) = [line for line in door.log.read_text().splitlines() if "id=id-17" in line]
+    assert f"trace={trace}" in line
+    assert "POST /v1/completions 200" in line
+    assert "completion_tokens=3" in line
+    assert "secret" not in door.log.read_text()
+    assert (
+        len(door.post("/tokenize", {"prompt": "a"}, headers={"X-Request-Id": "a b\tc"}).headers["x-request-id"]) == 32
+    )
+
+
+def test_one_page_has_the_metrics_of_the_server_and_of_all_workers(door: Door, local_cpu: Server) -> None:
+    def page() -> dict[str, float]:
+        text = door.get("/metrics").text
+        list(text_string_to_metric_families(text))  # it parses
+        lines = [line for line in text.splitlines() if not line.startswith("#")]
+        assert len(lines) == len({line.rpartition(" ")[0] for line in lines})
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+    name = 'roundhouse_generated_tokens_total{model="openai",version="1"}'
+    before = page()
+    for _ in range(6):  # new connections: they reach both workers
+        door.post("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 5, "ignore_eos": True})
+    after = page()
+    assert after[name] - before[name] == 30
+    assert set(client.metrics(local_cpu)) <= set(after)
+    counted = 'roundhouse_openai_responses_total{path="/v1/completions",status="200"}'
+    assert after[counted] - before[counted] == 6
+
+
+def test_several_problems_of_the_command_are_told(local_cpu: Server, tmp_path: Path) -> None:
+    def told(deployment: Path, *options: str) -> str:
+        command = [sys.executable, "-m", "roundhouse.cli", "openai", str(deployment), *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        return done.stderr
+
+    other = write_deployment(tmp_path, {"engine": {"kind": "synthetic"}})
+    assert "no server runs" in told(other)
+    assert "no `roundhouse serve` of this user and machine listens there" in told(other, "--grpc-url", "10.0.0.1:8001")
+    assert "that server runs" in told(other, "--grpc-url", local_cpu.grpc_url)
+    port = local_cpu.http_url.rpartition(":")[2]
+    assert "Address already in use" in told(local_cpu.deployment, "--grpc-url", local_cpu.grpc_url, "--port", port)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Door]]:
+    """A server whose deployment opens the door itself: fast, with keys in a file, TLS and a small size limit."""
+    folder = tmp_path_factory.mktemp("whole")
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+    command += ["-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")]
+    subprocess.run(command, check=True, capture_output=True)
+    (folder / "keys").write_text(f"sk-other\n{KEY}\n")
+    door = {"api_key_file": "keys", "tls_certificate": "cert.pem", "tls_key": "key.pem", "max_body_bytes": 20_000}
+    deployment = {
+        "engine": {"kind": "synthetic"},
+        "limits": {"max_seq_len": 1024},
+        "openai": {**door, "models": ["a", "b"], "workers": 2},
+    }
+    with Server(write_deployment(folder, deployment), folder / "server.log") as server:
+        url = server.openai_url.replace("http", "https")
+        door = Door(url, server.log, psutil.Process(server.process.pid))
+        with secured(server) as session:
+            until(lambda: all_ready(session, door), 30, "the door is open")
+        yield server, door
+
+
+def secured(server: Server) -> requests.Session:
+    session = requests.Session()
+    session.trust_env = False  # a machine's own certificates would win over `verify`
+    session.verify = str(server.deployment.parent / "cert.pem")
+    session.headers["Authorization"] = f"Bearer {KEY}"
+    return session
+
+
+def test_the_deployment_opens_the_door(whole: tuple[Server, Door]) -> None:
+    server, door = whole
+    with secured(server) as session:
+        names = [model["id"] for model in session.get(f"{door.url}/v1/models", timeout=10).json()["data"]]
+        assert names == ["a", "b"]
+        large = {"model": "a", "prompt": "a" * 30_000}
+        reply = session.post(f"{door.url}/v1/completions", json=large, timeout=10)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (413, "request_too_large")
+        parts = iter([b"[" * 15_000] * 4)  # of unknown length
+        assert session.post(f"{door.url}/v1/completions", data=parts, timeout=10).status_code == 413
+        del session.headers["Authorization"]
+        assert session.get(f"{door.url}/v1/models", timeout=10).status_code == 401
+
+
+def test_a_worker_that_dies_is_replaced(whole: tuple[Server, Door]) -> None:
+    server, door = whole
+    workers = server.processes("roundhouse.openai.worker")
+    assert len(workers) == 2
+    workers[0].kill()
+    until(lambda: len({*server.processes("roundhouse.openai.worker")} - {*workers}) == 1, 10, "a new worker")
+    with secured(server) as session:
+        until(lambda: all_ready(session, door), 20, "both are ready")
+
+
+def all_ready(session: requests.Session, door: Door) -> bool:
+    with suppress(requests.ConnectionError):
+        headers = {"Connection": "close"}  # another worker each time, or at least by chance
+        return all(session.get(f"{door.url}/ready", headers=headers, timeout=5).ok for _ in range(6))
+    return False
+
+
+def test_an_engine_that_dies_is_503_until_it_is_back(whole: tuple[Server, Door]) -> None:
+    server, door = whole
+    body = {"model": "a", "prompt": "a b", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+    with secured(server) as session:
+        with session.post(f"{door.url}/v1/completions", json=body, stream=True, timeout=30) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            server.engine().send_signal(signal.SIGKILL)
+            events = [line for line in lines if line.startswith(b"data: {")]
+        assert json.loads(events[-1].removeprefix(b"data: "))["error"]["type"] == "service_unavailable_error"
+        reply = session.post(f"{door.url}/v1/completions", json=body, timeout=30)
+        assert reply.status_code == 503
+        assert reply.headers["retry-after"] == "1"
+        assert session.get(f"{door.url}/health", timeout=5).ok
+        until(lambda: all_ready(session, door), 20, "ready again")
+        assert session.post(f"{door.url}/v1/completions", json={**body, "stream": False}, timeout=30).ok
+
+
+def test_fuzzing_finds_no_server_error(whole: tuple[Server, Door], tmp_path: Path) -> None:
+    server, door = whole
+    command = [str(Path(sys.executable).parent / "schemathesis"), "run", f"{door.url}/openapi.json"]
+    command += ["--checks", "not_a_server_error", "--phases", "examples,coverage,fuzzing", "--max-examples", "25"]
+    command += ["--header", f"Authorization: Bearer {KEY}", "--generation-deterministic", "--no-color"]
+    command += ["--tls-verify", str(server.deployment.parent / "cert.pem")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_sigterm_finishes_what_is_open(whole: tuple[Server, Door]) -> None:
+    """The last test of this server."""
+    server, door = whole
+    body = {"model": "a", "prompt": "a b", "max_tokens": 900, "ignore_eos": True, "stream": True, "n": 100}
+    with secured(server) as session:
+        with session.post(f"{door.url}/v1/completions", json=body, stream=True, timeout=60) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.7)
+            refused = session.post(f"{door.url}/v1/completions", json=body, timeout=10)
+            assert refused.status_code == 503
+            assert "stopping" in refused.json()["error"]["message"]
+            received = b"\n".join(lines)
+        assert received.rstrip().endswith(b"data: [DONE]")
+        assert received.count(b'"finish_reason":"length"') == 100
+    assert server.process.wait(timeout=30) == 0
