@@ -46,10 +46,10 @@ VOCABULARY, SPECIAL = 128256, 256
 LONGEST_START, LONGEST_ENDING = 8, 4  # characters of what an entry of the vocabulary is merged from
 MODELS = ("tensorrt_llm_bls", "ensemble")
 PERCENTILES = (50, 95, 99)
-ROUNDS = {1: 4, 64: 6, 256: 4, 1 << 20: 3}  # streams, at most -> requests of each
+ROUNDS = {1: 4, 64: 6, 256: 4, 1 << 20: 2}  # streams, at most -> requests of each
 LOAD_SECONDS = 120  # a load that takes longer has failed
 SETTINGS = {"memory_fraction": 0.9, "max_batch_size": 512, "max_seq_len": 2048, "max_num_tokens": 8192}
-FRONTS = {"preprocessing": 2, "tensorrt_llm": 4, "tensorrt_llm_bls": 4}
+FRONTS = {"preprocessing": 4, "tensorrt_llm": 4, "tensorrt_llm_bls": 4}
 
 
 # --- the model: a real shape and a real tokenizer, random weights -----------------------------------------
