@@ -46,6 +46,7 @@ def build_model(folder: Path, **changes: object) -> Path:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": 32,  # the smallest that vLLM has CPU kernels for
         "max_position_embeddings": 512,
         "initializer_range": 0.2,
         "bos_token_id": 1,
@@ -76,7 +77,6 @@ def make_vllm(model: Path, **settings: object) -> Engine:
     from roundhouse.engine.vllm.config import VllmConfig
     from roundhouse.engine.vllm.engine import VllmEngine
 
-    settings["tokens_per_block"] = 32  # on a CPU, vLLM has KV blocks of 32 tokens and multiples only
     return VllmEngine(VllmConfig(model=model, eager=True, dtype="float32", **settings))  # type: ignore[arg-type]
 
 

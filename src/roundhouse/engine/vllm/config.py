@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from roundhouse.deployment import Deployment
 from roundhouse.deployment import VllmEngine as VllmSection
 from roundhouse.engine.base import EngineError
+
+CPU_KV_BYTES = 4 * 2**30  # on a CPU, unless the deployment says memory_fraction or kv_cache.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,8 @@ def engine_arguments(config: VllmConfig) -> dict[str, Any]:
         arguments["max_model_len"] = config.max_seq_len
     if config.memory_fraction is not None:
         arguments["gpu_memory_utilization"] = config.memory_fraction
+    elif not torch.cuda.is_available():  # the default share, 0.92, is meant for a GPU that nobody else uses
+        arguments["kv_cache_memory_bytes"] = CPU_KV_BYTES
     if config.kv_tokens is not None:  # vLLM keeps one block for itself
         arguments["num_gpu_blocks_override"] = config.kv_tokens // config.tokens_per_block + 1
     return arguments
