@@ -176,6 +176,54 @@ def openai_door(
 
 
 @app.command()
+def bench(
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="deployment files, started for it, or running servers: grpc://HOST:PORT, http://, openai://"
+        ),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="several targets in turn, against the first")] = False,
+    scenario: Annotated[str, typer.Option(help="a name in loadtests/scenarios, or a path")] = "fixed-512-256",
+    streams: Annotated[str, typer.Option(help="closed loops instead of the scenario's load: 1,8,64")] = "",
+    rate: Annotated[str, typer.Option(help="open loops of so many requests a second: 2,4,8")] = "",
+    seconds: Annotated[float, typer.Option(help="measured time of each load")] = 20,
+    warm_up: Annotated[float, typer.Option(help="seconds of load before it")] = 5,
+    repeats: Annotated[int, typer.Option(help="runs of everything; two or more give confidence intervals")] = 1,
+    processes: Annotated[int | None, typer.Option(help="client processes; default: half of the cores")] = None,
+    prompts: Annotated[int, typer.Option(help="different sessions made for each load")] = 1000,
+    seed: int = 1,
+    deployment: Annotated[Path, typer.Option(help="says tokenizer, limits and SLO of running servers")] = DEFAULT,
+    protocol: Annotated[str, typer.Option(help="grpc or http, of deployments")] = "grpc",
+    model: Annotated[str, typer.Option(help="the model of deployments that is asked")] = "ensemble",
+    output: Annotated[Path | None, typer.Option(help="folder for report.json and report.html")] = None,
+    check_slo: Annotated[bool, typer.Option("--check-slo", help="exit code 1 if an SLO is missed at any load")] = False,
+) -> None:
+    """Measure servers: latencies, throughput, goodput; a table, JSON, and an HTML report with plots."""
+    from roundhouse.bench import command
+
+    asked = command.Asked(
+        targets=targets or [str(DEFAULT)],
+        compare=compare,
+        scenario=scenario,
+        streams=streams,
+        rate=rate,
+        seconds=seconds,
+        warm_up=warm_up,
+        repeats=repeats,
+        processes=processes,
+        prompts=prompts,
+        seed=seed,
+        deployment=deployment,
+        protocol=protocol,
+        model=model,
+        output=output,
+        check_slo=check_slo,
+    )
+    raise typer.Exit(command.bench(asked))
+
+
+@app.command()
 def quickstart(
     prompt: Annotated[str, typer.Option(help="what to ask")] = "a happy story in English about a rabbit in the garden:",
     once: Annotated[bool, typer.Option("--once", help="stop after the answer")] = False,

@@ -168,5 +168,5 @@ def test_a_scenario_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_the_levels_of_a_ramp() -> None:
     ramp = scenarios.load("ramp")
     assert [level.streams for level in ramp.levels()] == [1, 2, 4, 8, 16, 32, 64]
-    assert [scenarios.describe(level) for level in ramp.with_streams([1, 4]).levels()] == ["1 stream", "4 streams"]
+    assert [scenarios.describe(level) for level in ramp.levels()][:2] == ["1 stream", "2 streams"]
     assert scenarios.describe(ramp.with_rate(2.5).levels()[0]) == "2.5 requests/s"

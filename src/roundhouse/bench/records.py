@@ -24,6 +24,11 @@ class Histogram:
     def add(self, value: float) -> None:
         self.buckets[round(math.log(max(value, 1e-9)) * STEPS)] += 1
 
+    @staticmethod
+    def value(bucket: int) -> float:
+        """The middle of a bucket."""
+        return math.exp(bucket / STEPS)
+
     def merge(self, other: Histogram) -> None:
         self.buckets.update(other.buckets)
 
@@ -34,8 +39,8 @@ class Histogram:
             return {}
         ordered = sorted(self.buckets.items())
         found = {f"p{percent}": self._at(ordered, math.ceil(percent / 100 * count)) for percent in QUANTILES}
-        mean = sum(_value(bucket) * number for bucket, number in ordered) / count
-        found |= {"mean": mean, "min": _value(ordered[0][0]), "max": _value(ordered[-1][0])}
+        mean = sum(Histogram.value(bucket) * number for bucket, number in ordered) / count
+        found |= {"mean": mean, "min": Histogram.value(ordered[0][0]), "max": Histogram.value(ordered[-1][0])}
         return {name: round(value * scale, 4) for name, value in found.items()}
 
     @staticmethod
@@ -43,12 +48,8 @@ class Histogram:
         for bucket, number in ordered:
             rank -= number
             if rank <= 0:
-                return _value(bucket)
-        return _value(ordered[-1][0])
-
-
-def _value(bucket: int) -> float:
-    return math.exp(bucket / STEPS)
+                return Histogram.value(bucket)
+        return Histogram.value(ordered[-1][0])
 
 
 @dataclass

@@ -38,3 +38,17 @@ def combine(runs: list[Any]) -> tuple[Any, Any]:
             if len(values) > 1:
                 widths[key] = round(half_width(values), 4)
     return medians, widths
+
+
+def ratio(first: list[float], other: list[float]) -> tuple[float, float, float] | None:
+    """`other` to `first`, and the ends of its 95 % confidence interval; run k of one belongs to run k of the other.
+
+    The mean is geometric, so that the ratio the other way round is 1 / it. One pair alone has ends that are infinitely
+    far apart. None, if there is no pair of positive numbers.
+    """
+    pairs = [math.log(b / a) for a, b in zip(first, other, strict=False) if a > 0 and b > 0]
+    if not pairs:
+        return None
+    middle = statistics.fmean(pairs)
+    width = half_width(pairs) if len(pairs) > 1 else math.inf
+    return math.exp(middle), math.exp(middle - width), math.exp(middle + width) if width < 700 else math.inf

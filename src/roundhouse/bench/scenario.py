@@ -155,12 +155,6 @@ class Scenario(Section):
             return tuple(Closed(kind="closed", streams=streams) for streams in self.load.streams)
         return (self.load,)
 
-    def with_streams(self, streams: list[int]) -> Scenario:
-        """The same requests in closed loops of so many streams."""
-        if len(streams) == 1:
-            return self.model_copy(update={"load": Closed(kind="closed", streams=streams[0])})
-        return self.model_copy(update={"load": Ramp(kind="ramp", streams=streams)})
-
     def with_rate(self, requests_per_second: float) -> Scenario:
         """The same requests in an open loop."""
         return self.model_copy(update={"load": Poisson(kind="poisson", requests_per_second=requests_per_second)})
