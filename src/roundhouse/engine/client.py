@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from roundhouse.engine import runtime
@@ -61,12 +62,16 @@ class Connection:
         self.socket.send(encode(message), zmq.NOBLOCK)
 
     def receive(self) -> list[Welcome | Refused | Outputs | EngineStats]:
-        messages = []
+        """All messages that have come. One that cannot be read counts as a refusal: its engine is not ours."""
+        messages: list[Welcome | Refused | Outputs | EngineStats] = []
         try:
             while True:
                 messages.append(decode_to_front(self.socket.recv(zmq.NOBLOCK)))
         except zmq.Again:
-            return messages
+            pass
+        except msgspec.DecodeError as error:
+            messages.append(Refused(f"sent a message that could not be read: {error}"))
+        return messages
 
     def close(self) -> None:
         self.socket.close(linger=0)
@@ -113,6 +118,8 @@ class EngineClient:
         while not self.connected:
             self.poll(TEND_SECONDS)
             failure = runtime.read(self._folder / runtime.FAILURE)
+            if self._keeper is not None and self._keeper.failure:
+                failure = self._keeper.failure
             if failure:
                 raise EngineError(failure)
             if time.monotonic() - told > PROGRESS_SECONDS:
@@ -146,8 +153,8 @@ class EngineClient:
         now = time.monotonic()
         if now >= self._next_tend:
             self._next_tend = now + TEND_SECONDS
-            if self._keeper is not None:
-                self._keeper.tend(self._heard if self.connected else None)
+            if self._keeper is not None and not self._keeper.tend(self._heard if self.connected else None):
+                self._lost()
             self._connect(now)
         failed, self._failed = self._failed, []
         return outputs + failed
@@ -194,12 +201,16 @@ class EngineClient:
         return outputs
 
     def _welcomed(self, message: Welcome) -> None:
+        if self.connected:
+            return
         try:
             self._pidfd = os.pidfd_open(message.pid)
         except ProcessLookupError:
             return
         self._poller.register(self._pidfd, zmq.POLLIN)
         self.info = message.info
+        if self._keeper is not None:
+            self._keeper.was_ready = True
 
     def _connect(self, now: float) -> None:
         """Say Hello, and again if nobody answers: the engine may be a new one with a new secret."""
@@ -253,6 +264,16 @@ class EngineMonitor:
         if now - self._heard > HELLO_SECONDS:
             self.close()
         return self._stats
+
+    def idle(self) -> bool:
+        """Whether the engine surely has nothing to do: it says so, or there is none.
+
+        An engine that says nothing may be in a long step.
+        """
+        stats = self.stats()
+        if stats is not None:
+            return stats.active + stats.waiting == 0
+        return not runtime.is_host(runtime.read(self._folder / runtime.PID), self._folder)
 
     def close(self) -> None:
         self._stats = None

@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, field
+from hmac import compare_digest
 from pathlib import Path
 
 import msgspec
 import zmq
 
 from roundhouse import deployment
+from roundhouse.bugs import described
 from roundhouse.engine import runtime
 from roundhouse.engine.base import Engine, EngineError, RequestError
 from roundhouse.engine.load import load_engine
@@ -42,13 +47,16 @@ from roundhouse.engine.protocol import (
     decode_to_engine,
     encode,
 )
+from roundhouse.engine.runtime import HANG_SECONDS
 
 LOAD_FAILED = 3  # exit code
+STUCK = 4  # exit code
 HEARTBEAT_SECONDS = 0.1
 SEND_QUEUE = 2000  # messages that may wait for a front before it is dropped
 HOLD_STREAMS = 16  # a front with more streams than this in a step
 HOLD_SECONDS = 0.02  # gets the tokens of as many steps together as come nearest to this time
 SLICE = 256  # messages that are read between two steps
+OUTLIVE_SECONDS = 5.0  # for the engine to end by itself once the server is gone
 
 
 @dataclass(eq=False)
@@ -83,9 +91,10 @@ def merged(first: Output, second: Output) -> Output:
 
 
 class Host:
-    def __init__(self, engine: Engine, socket: zmq.Socket[bytes], secret: str, server_pid: int) -> None:
+    def __init__(self, engine: Engine, folder: Path, secret: str, server_pid: int) -> None:
         self._engine = engine
-        self._socket = socket
+        self._path = folder / runtime.SOCKET
+        self._socket = bind(self._path)
         self._secret = secret
         self._fronts: dict[bytes, Front] = {}
         self._dropped: set[bytes] = set()  # fronts that still have to be told
@@ -93,15 +102,18 @@ class Host:
         self._last_id = 0
         self._server = os.pidfd_open(server_pid)
         self._poller = zmq.Poller()
-        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._server, zmq.POLLIN)
         self._next_heartbeat = 0.0
         self._step_seconds = 0.0  # of the last step
+        self._steps = 0
+        self._stepped = 0.0  # when the engine last advanced, or had no reason to
         self.stopping = False
+        self.stuck = False
 
     def run(self) -> bool:
-        """Serve until the server is gone or `stopping` is set. Returns whether the server is gone."""
-        while not self.stopping:
+        """Serve until the server is gone or `stopping` or `stuck` is set. Returns whether the server is gone."""
+        while not (self.stopping or self.stuck):
             busy = self._engine.unfinished()
             events = dict(self._poller.poll(0 if busy else int(HEARTBEAT_SECONDS * 1000)))
             if self._server in events:
@@ -116,8 +128,16 @@ class Host:
                 outputs = self._engine.step()
                 self._step_seconds = time.monotonic() - begun
                 self._deliver(outputs)
+            if self._owners and not self._engine.unfinished():
+                self._deliver([_mistake(ours, "forgot the request") for ours in self._owners])
             self._heartbeat()
         return False
+
+    def close(self) -> None:
+        for front in list(self._fronts.values()):
+            self._forget(front)
+        self._socket.close(linger=0)
+        os.close(self._server)
 
     def _read(self) -> None:
         for _ in range(SLICE):
@@ -146,13 +166,16 @@ class Host:
         if hello.version != PROTOCOL_VERSION:
             self._send(identity, Refused(f"protocol version {hello.version}; this engine speaks {PROTOCOL_VERSION}"))
             return
-        if hello.secret != self._secret:
+        if not compare_digest(hello.secret.encode(), self._secret.encode()):
             self._send(identity, Refused("wrong secret"))
             return
         try:
             pidfd = os.pidfd_open(hello.pid)
-        except OSError:
+        except (OSError, OverflowError):
+            self._send(identity, Refused(f"there is no process {hello.pid}"))
             return
+        if identity in self._fronts:  # it begins anew
+            self._forget(self._fronts[identity])
         self._fronts[identity] = Front(identity, hello.front, pidfd)
         self._poller.register(pidfd, zmq.POLLIN)
         self._send(identity, Welcome(self._engine.info, os.getpid()))
@@ -181,6 +204,10 @@ class Host:
             self._engine.submit(msgspec.structs.replace(request, id=self._last_id))
         except RequestError as error:
             return error.as_error()
+        except Exception as error:  # a bug of the engine: this request cannot be had, the others can
+            print(f"engine: could not take a request: {described(error)}", file=sys.stderr, flush=True)
+            self._engine.cancel(self._last_id)
+            return Error(ErrorCode.INTERNAL, f"the engine could not take the request: {error}")
         front.ids[request.id] = self._last_id
         self._owners[self._last_id] = (front, request.id)
         return None
@@ -197,8 +224,12 @@ class Host:
         for output in outputs:
             owner = self._owners.get(output.id)
             if owner is None:
-                continue  # its front is gone
+                continue  # its front is gone, or it has had its last output
             front, id = owner
+            wrong = self._what_is_wrong(output)
+            if wrong:
+                self._engine.cancel(output.id)
+                output = _mistake(output.id, wrong)
             held = front.held.get(id)
             if held is None:
                 front.held[id] = msgspec.structs.replace(output, id=id)
@@ -219,17 +250,40 @@ class Host:
                 theirs, front.held = list(front.held.values()), {}
                 self._send(front.identity, Outputs(theirs))
 
+    def _what_is_wrong(self, output: Output) -> str:
+        """Why an output cannot be passed on; nothing if it can."""
+        vocab_size = self._engine.info.vocab_size
+        for token in output.tokens:
+            if type(token) is not int or not 0 <= token < vocab_size:
+                return f"gave the token id {token}, outside of its vocabulary of {vocab_size}"
+        if output.log_probs is not None and len(output.log_probs) != len(output.tokens):
+            return f"gave {len(output.log_probs)} log probabilities for {len(output.tokens)} tokens"
+        return ""
+
     def _heartbeat(self) -> None:
         now = time.monotonic()
         if now < self._next_heartbeat:
             return
         self._next_heartbeat = now + HEARTBEAT_SECONDS
-        message = EngineStats(self._engine.stats())
+        if not self._path.exists():  # something cleans up this folder; those who are connected stay so
+            bind(self._path, self._socket)
+        stats = self._engine.stats()
+        self._watch_steps(stats.steps, now)
+        message = EngineStats(stats)
         for identity in list(self._fronts):
             self._send(identity, message)
         for identity in list(self._dropped):
             self._dropped.discard(identity)
             self._send(identity, Refused("the front did not read its messages; its requests are cancelled"))
+
+    def _watch_steps(self, steps: int, now: float) -> None:
+        """An engine whose `step` returns, but which does not advance: one that lost a worker, or its way."""
+        if steps != self._steps or not self._engine.unfinished():
+            self._steps, self._stepped = steps, now
+        elif now - self._stepped > HANG_SECONDS:
+            message = f"engine: no step in {HANG_SECONDS:.0f} s for {self._engine.unfinished()} requests: it ends"
+            print(message, file=sys.stderr, flush=True)
+            self.stuck = True
 
     def _send(self, identity: bytes, message: ToFront) -> None:
         try:
@@ -251,16 +305,36 @@ class Host:
             self._engine.cancel(ours)
 
 
-def bind(folder: Path) -> zmq.Socket[bytes]:
-    path = folder / runtime.SOCKET
+def _mistake(id: int, what: str) -> Output:
+    """The last output of a request of which the engine has given nonsense."""
+    print(f"engine: {what}", file=sys.stderr, flush=True)
+    return Output(id=id, tokens=[], error=Error(ErrorCode.INTERNAL, f"the engine {what}; this is a bug of the engine"))
+
+
+def bind(path: Path, socket: zmq.Socket[bytes] | None = None) -> zmq.Socket[bytes]:
+    """A socket at this path, or the same one once more."""
     path.unlink(missing_ok=True)
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-    socket.set_hwm(SEND_QUEUE)
-    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    socket.setsockopt(zmq.LINGER, 0)
+    if socket is None:
+        socket = zmq.Context.instance().socket(zmq.ROUTER)
+        socket.set_hwm(SEND_QUEUE)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.LINGER, 0)
     socket.bind(f"ipc://{path}")
     path.chmod(0o600)
     return socket
+
+
+def _end_after(server_pid: int, folder: Path) -> None:
+    """End this process some time after the server, whatever it is doing: loading, a step that hangs, closing."""
+
+    def watch() -> None:
+        with suppress(ProcessLookupError):
+            select.select([os.pidfd_open(server_pid)], [], [])
+        time.sleep(OUTLIVE_SECONDS)
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end after the server", daemon=True).start()
 
 
 def main() -> int:
@@ -271,6 +345,7 @@ def main() -> int:
     args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server; the engine ends with it
     os.umask(0o077)
+    _end_after(args.server_pid, args.folder)
     try:
         engine = load_engine(deployment.load(args.deployment))
     except (EngineError, deployment.DeploymentError) as error:
@@ -281,9 +356,12 @@ def main() -> int:
         runtime.write_private(args.folder / runtime.FAILURE, f"unexpected {type(error).__name__}: {error}")
         print(f"engine: unexpected error while loading\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return LOAD_FAILED
-    host = Host(engine, bind(args.folder), runtime.read(args.folder / runtime.SECRET), args.server_pid)
+    host = Host(engine, args.folder, runtime.read(args.folder / runtime.SECRET), args.server_pid)
     signal.signal(signal.SIGTERM, lambda *_: setattr(host, "stopping", True))
     server_gone = host.run()
+    if host.stuck:
+        os._exit(STUCK)  # closing would wait for what hangs
+    host.close()
     engine.close()
     if server_gone:
         shutil.rmtree(args.folder, ignore_errors=True)

@@ -6,7 +6,9 @@ All fronts try for the lock. If the keeper's process dies, another takes over wi
 from __future__ import annotations
 
 import fcntl
+import math
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,15 +18,24 @@ from contextlib import suppress
 from pathlib import Path
 
 from roundhouse.engine import runtime
+from roundhouse.engine.runtime import HANG_SECONDS
 
 BACK_OFF = 0.2  # seconds before the first restart; doubles
 MAX_BACK_OFF = 10.0
 MAX_FAILURES = 5  # in a row, before the server is given up
 HEALTHY_SECONDS = 60.0  # after which failures are forgotten
-HANG_SECONDS = float(os.environ.get("ROUNDHOUSE_HANG_SECONDS", "30"))
+RELOADS = 5  # loading again may take so many times as long as the first time, and HANG_SECONDS
+DYING_SECONDS = 30.0  # a killed process that is still there then hangs in the kernel: only a new container helps
+LONGEST_TURN = 1.0  # of the silence between two looks; what is longer was our own: stopped, or the machine slept
 
 
 class Keeper:
+    """Attributes:
+    restarts: of the engine, by this keeper.
+    was_ready: the engine has been ready at some time; until then a failure is one of the deployment, and final.
+    failure: why the engine cannot be started, if so.
+    """
+
     def __init__(self, deployment: Path, folder: Path, server_pid: int, log: Callable[[str], None]) -> None:
         self._deployment = deployment
         self._folder = folder
@@ -37,33 +48,61 @@ class Keeper:
         self._failures = 0
         self._started = 0.0
         self._start_at = 0.0
+        self._killed_at: float | None = None
+        self._load_seconds: float | None = None  # what loading took, if it was seen from start to end
+        self._heard = 0.0
+        self._tended = 0.0
+        self._silence = 0.0  # seconds without a sign of life, or of loading
         self.restarts = 0
-        self.was_ready = False  # an engine has been ready at some time
+        self.was_ready = False
+        self.failure = ""
 
-    def tend(self, heard: float | None) -> None:
-        """Do what is due. `heard`: when the engine last said something, None while it is not ready."""
-        if not self._holder and not self._take_over():
-            return
+    def tend(self, heard: float | None) -> bool:
+        """Do what is due. `heard`: when the engine last said something, None while it is not ready.
+
+        Returns whether the engine may go on: False if it hangs and is being killed.
+        """
         now = time.monotonic()
+        self._listen(heard, now)
+        if not self._holder and not self._take_over():
+            return True
         if self._pidfd is None:
             if now >= self._start_at and self._failures < MAX_FAILURES:
-                self._start()
-            return
-        if heard is not None:
-            self.was_ready = True
-            if now - self._started > HEALTHY_SECONDS:
-                self._failures = 0
-            if now - heard > HANG_SECONDS:
-                self._log(f"engine: has said nothing for {HANG_SECONDS:.0f} s; it is killed and started again")
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-                time.sleep(0.05)  # it may take a moment to die
+                self._start(now)
+            return True
         if self._ended():
-            self._failed(now)
+            self._failed(now, self._how_it_ended())
+        elif self._killed_at is not None:
+            self._await_death(now)
+        elif self._silence > self._patience(heard):
+            self._kill(heard, now)
+            return False
+        elif heard is not None and now - self._started > HEALTHY_SECONDS:
+            self._failures = 0
+        return True
 
     def close(self) -> None:
         if self._pidfd is not None:
             os.close(self._pidfd)
         os.close(self._lock)
+
+    def _listen(self, heard: float | None, now: float) -> None:
+        turn, self._tended = min(now - self._tended, LONGEST_TURN), now
+        ready_again = heard is not None and not self._heard
+        if heard is None and self._heard:
+            self._heard, self._silence = 0.0, 0.0
+        elif heard is not None and heard > self._heard:
+            self._heard, self._silence = heard, 0.0
+        else:
+            self._silence += turn
+        if ready_again and self._process is not None and self._load_seconds is None:
+            self._load_seconds = now - self._started
+
+    def _patience(self, heard: float | None) -> float:
+        """Seconds of silence until the engine counts as hanging. Nobody knows how long the first loading may take."""
+        if heard is not None:
+            return HANG_SECONDS
+        return math.inf if self._load_seconds is None else HANG_SECONDS + RELOADS * self._load_seconds
 
     def _take_over(self) -> bool:
         try:
@@ -73,59 +112,84 @@ class Keeper:
         self._holder = True
         self._started = time.monotonic()
         pid = runtime.read(self._folder / runtime.PID)
-        if pid and _is_host(int(pid), self._folder):
+        if runtime.is_host(pid, self._folder):
             with suppress(ProcessLookupError):
                 self._pidfd = os.pidfd_open(int(pid))
         return True
 
-    def _start(self) -> None:
-        (self._folder / runtime.FAILURE).unlink(missing_ok=True)
-        runtime.new_secret(self._folder)
+    def _start(self, now: float) -> None:
         command = [_python(), "-m", "roundhouse.engine.host", "--deployment", str(self._deployment)]
         command += ["--folder", str(self._folder), "--server-pid", str(self._server_pid)]
-        self._process = subprocess.Popen(
-            command, env=_environment(), stdin=subprocess.DEVNULL, start_new_session=True, cwd="/"
-        )
-        self._pidfd = os.pidfd_open(self._process.pid)
-        self._started = time.monotonic()
-        runtime.write_private(self._folder / runtime.PID, str(self._process.pid))
+        try:
+            (self._folder / runtime.FAILURE).unlink(missing_ok=True)
+            runtime.new_secret(self._folder)
+            process = subprocess.Popen(
+                command, env=_environment(), stdin=subprocess.DEVNULL, start_new_session=True, cwd="/"
+            )
+        except OSError as error:  # the disk is full, or there is no room for another process
+            self._failed(now, f"could not be started ({error})")
+            return
+        self._process, self._pidfd = process, os.pidfd_open(process.pid)
+        self._started, self._silence, self._killed_at = now, 0.0, None
+        try:
+            runtime.write_private(self._folder / runtime.PID, str(process.pid))
+        except OSError as error:
+            process.kill()  # another keeper would not find it
+            process.wait()
+            self._failed(now, f"could not be started ({error})")
+
+    def _kill(self, heard: float | None, now: float) -> None:
+        assert self._pidfd is not None
+        what = "has said nothing" if heard is not None else "has been loading"
+        self._log(f"engine: {what} for {self._silence:.0f} s; it is killed and started again")
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self._killed_at = now
+
+    def _await_death(self, now: float) -> None:
+        assert self._killed_at is not None
+        if now - self._killed_at > DYING_SECONDS:
+            self._log(f"engine: is still there {DYING_SECONDS:.0f} s after it was killed: the server is stopped")
+            self._killed_at = math.inf
+            os.kill(self._server_pid, signal.SIGTERM)
 
     def _ended(self) -> bool:
         if self._process is not None:
             return self._process.poll() is not None
         assert self._pidfd is not None
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, 0)
-            return False
-        return True
+        return bool(select.select([self._pidfd], [], [], 0)[0])  # also if nobody reaps it
 
-    def _failed(self, now: float) -> None:
-        assert self._pidfd is not None
-        os.close(self._pidfd)
+    def _how_it_ended(self) -> str:
         code = self._process.returncode if self._process is not None else None
-        self._process, self._pidfd = None, None
-        how = "for an unknown reason" if code is None else f"by signal {-code}" if code < 0 else f"with code {code}"
+        if code is None:
+            return "ended for an unknown reason"
+        return f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
+
+    def _failed(self, now: float, how: str) -> None:
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+        self._process, self._pidfd, self._killed_at = None, None, None
         if not self.was_ready:
-            if not (self._folder / runtime.FAILURE).exists():
-                text = f"the engine process ended {how} while it was loading; its last words are in the server's log"
-                runtime.write_private(self._folder / runtime.FAILURE, text)
-            self._failures = MAX_FAILURES
+            self._fail_the_start(how)
             return
         wait = min(BACK_OFF * 2**self._failures, MAX_BACK_OFF)
         self._failures += 1
         self._start_at = now + wait
         if self._failures >= MAX_FAILURES:
-            self._log(f"engine: ended {how}, {self._failures} times in a row: the server is stopped")
+            self._log(f"engine: {how}; {self._failures} times in a row something failed: the server is stopped")
             os.kill(self._server_pid, signal.SIGTERM)
             return
         self.restarts += 1
-        self._log(f"engine: ended {how}; it is started again in {wait:.1f} s")
+        self._log(f"engine: {how}; it is started again in {wait:.1f} s")
 
-
-def _is_host(pid: int, folder: Path) -> bool:
-    with suppress(OSError):
-        return str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    return False
+    def _fail_the_start(self, how: str) -> None:
+        """Tell all fronts of a failure that trying again would not mend."""
+        self._failures = MAX_FAILURES
+        path = self._folder / runtime.FAILURE
+        text = f"the engine process {how} while it was loading; its last words are in the server's log"
+        self.failure = runtime.read(path) or text
+        with suppress(OSError):
+            runtime.write_private(path, self.failure)
 
 
 def _python() -> str:

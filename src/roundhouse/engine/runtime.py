@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
 import stat
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,25 +41,38 @@ def servers() -> dict[int, ServerRecord]:
     """The ready servers of this user, by process id."""
     found = {}
     for path in _base().glob(f"*/{SERVER}"):
+        pid, _, started = path.parent.name.partition("-")
         text = read(path)
-        if text and alive(int(path.parent.name)):
-            found[int(path.parent.name)] = msgspec.json.decode(text, type=ServerRecord)
+        if text and pid.isdigit() and str(_start_of(int(pid))) == started:
+            found[int(pid)] = msgspec.json.decode(text, type=ServerRecord)
     return found
+
+MAX_SOCKET_PATH = 107  # bytes; the kernel's limit
+STALE_SECONDS = 60.0  # for which a folder is left alone, whoever made it
+HANG_SECONDS = float(os.environ.get("ROUNDHOUSE_HANG_SECONDS", "30"))  # without a sign of life, or without a step
 
 
 def runtime_dir(server_pid: int) -> Path:
     """The folder of the server with this process id; made if need be, readable by its owner only.
 
-    Folders of servers that are gone are removed. Raises EngineError if the folder belongs to somebody else.
+    It is named after the id and the start of the process: a container that starts again gives the same ids, and must
+    not find what the one before it has left. Folders of servers that are gone are removed. Raises EngineError if the
+    folder belongs to somebody else, if its path is too long for a socket, or if there is no such server.
     """
     base = _base()
-    for folder in (base, base / str(server_pid)):
+    started = _start_of(server_pid)
+    if started is None:
+        raise EngineError(f"the server with the process id {server_pid} is gone")
+    own = base / f"{server_pid}-{started}"
+    if len(os.fsencode(own / "mailbox-4194304")) > MAX_SOCKET_PATH:
+        raise EngineError(f"{own}: too long for the path of a socket; set TMPDIR to a shorter folder")
+    for folder in (base, own):
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
             raise EngineError(f"{folder}: must be a folder that only its owner can enter; remove it and start again")
     _remove_stale(base)
-    return base / str(server_pid)
+    return own
 
 
 def _base() -> Path:
@@ -84,18 +99,41 @@ def read(path: Path) -> str:
         return ""
 
 
-def alive(pid: int) -> bool:
+def is_host(pid: str, folder: Path) -> bool:
+    """Whether a process id, as `PID` holds it, is that of a running engine process of this folder."""
+    if pid.isdigit():
+        with suppress(OSError):
+            return os.fsencode(folder) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return False
+
+
+def _start_of(pid: int) -> int | None:
+    """When a process was started, in clock ticks since the machine was; None if there is no such process."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        status = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(status[status.rindex(b")") + 1 :].split()[19])  # field 22; the 2nd, the name, may hold anything
 
 
 def _remove_stale(base: Path) -> None:
     for folder in base.iterdir():
-        if folder.name.isdigit() and not alive(int(folder.name)):
+        pid, _, started = folder.name.partition("-")
+        if pid.isdigit() and str(_start_of(int(pid))) != started and not _in_use(folder):
             with suppress(OSError):
                 shutil.rmtree(folder)
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a server that cannot be seen from here uses it: one in another container that shares this folder."""
+    with suppress(OSError):
+        if time.time() - folder.stat().st_mtime < STALE_SECONDS:
+            return True
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+    return False

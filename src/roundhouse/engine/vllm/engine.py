@@ -196,7 +196,7 @@ class VllmEngine(Engine):
         for batch in (produced or {}).values():
             self._count(batch.scheduler_stats)
             outputs += [output for each in batch.outputs if (output := self._output(each, now)) is not None]
-        self._totals.steps += bool(outputs)
+        self._totals.steps += bool(executed)
         return outputs
 
     def _settle(self) -> None:

@@ -1,0 +1,77 @@
+"""The folder in which the processes of one server meet."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from roundhouse.engine import runtime
+from roundhouse.engine.base import EngineError
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_it_is_the_owners_alone_and_always_the_same() -> None:
+    folder = runtime.runtime_dir(os.getpid())
+    assert mode(folder) == mode(folder.parent) == 0o700
+    assert runtime.runtime_dir(os.getpid()) == folder
+
+
+def test_a_folder_that_others_can_enter_is_refused() -> None:
+    folder = runtime.runtime_dir(os.getpid())
+    folder.chmod(0o750)
+    with pytest.raises(EngineError, match="only its owner"):
+        runtime.runtime_dir(os.getpid())
+
+
+def test_a_new_server_with_an_old_process_id_finds_nothing_of_the_old_one() -> None:
+    """A container that starts again gives the same ids, and /tmp may have outlived it: `draining` lay there."""
+    folder = runtime.runtime_dir(os.getpid())
+    pid, _, started = folder.name.partition("-")
+    before = folder.with_name(f"{pid}-{int(started) - 1}")
+    before.mkdir(mode=0o700)
+    (before / runtime.DRAINING).touch()
+    assert not (runtime.runtime_dir(os.getpid()) / runtime.DRAINING).exists()
+
+
+def test_folders_of_servers_that_are_gone_are_removed() -> None:
+    base = runtime.runtime_dir(os.getpid()).parent
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    old, young, others = (base / f"{gone.pid}-{started}" for started in (1, 2, 3))
+    for folder in (old, young, others):
+        folder.mkdir()
+        (folder / runtime.LOCK).touch()
+    for folder in (old, others):
+        os.utime(folder, (0, 0))
+    with (others / runtime.LOCK).open() as lock:  # a server that only another container can see
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        runtime.runtime_dir(os.getpid())
+    assert not old.exists()
+    assert young.exists()
+    assert others.exists()
+
+
+def test_a_path_that_is_too_long_for_a_socket_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 100)))
+    with pytest.raises(EngineError, match="TMPDIR"):
+        runtime.runtime_dir(os.getpid())
+
+
+def test_there_must_be_such_a_server() -> None:
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    with pytest.raises(EngineError, match="is gone"):
+        runtime.runtime_dir(gone.pid)
