@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 
 from roundhouse.engine.protocol import Error, ErrorCode, FinishReason, Output, Request
 from roundhouse.text.detokenize import Detokenizer
@@ -90,9 +91,6 @@ class ListSender:
         if final:
             self.finished.set()
 
-    def close(self) -> None:
-        self.finished.set()
-
     def cancelled(self) -> bool:
         return self.gone
 
@@ -111,7 +109,7 @@ def client() -> QueueClient:
     return QueueClient()
 
 
-def start(client: QueueClient, folder: Path, *, rate: float = 1e6) -> Front:
+def start(client: QueueClient, folder: Path, *, rate: float = 1e6, log: Any = pytest.fail) -> Front:
     return Front(
         client,
         DETOKENIZER,
@@ -119,7 +117,7 @@ def start(client: QueueClient, folder: Path, *, rate: float = 1e6) -> Front:
         folder=folder,
         number=1,
         responses_per_second=rate,
-        log=pytest.fail,
+        log=log,
     )
 
 
@@ -252,6 +250,7 @@ class TestEnsembleStep:
         client.give(Output(id=id, tokens=[10]))
         assert sender.finished.wait(3)
         assert client.cancelled == [id]
+        assert sender.errors[0].code is ErrorCode.CANCELLED  # were the client still there, it would have half an answer
 
 
 def test_refused_neighbours_of_a_batch_keep_their_index(front: Front, client: QueueClient) -> None:
@@ -261,3 +260,114 @@ def test_refused_neighbours_of_a_batch_keep_their_index(front: Front, client: Qu
     client.give(Output(id=id, tokens=TOKENIZER.encode("x", False), finish_reason=FinishReason.LENGTH))
     assert sender.finished.wait(5)
     assert sender.responses[0]["batch_index"].item() == 1
+
+
+class TestMistakes:
+    """A bug, or a Triton that cannot take a response, ends what it concerns with an error, and nothing else."""
+
+    @pytest.fixture
+    def log(self) -> list[str]:
+        return []
+
+    @pytest.fixture
+    def front(self, client: QueueClient, tmp_path: Path, log: list[str]) -> Iterator[Front]:
+        front = start(client, tmp_path, log=log.append)
+        yield front
+        front.close()
+
+    def test_a_response_that_triton_does_not_take(self, front: Front, client: QueueClient, log: list[str]) -> None:
+        (bad, bad_sender), (good, good_sender) = job(), job()
+        bad_id, good_id = submit(front, client, bad), submit(front, client, good)
+
+        def full(tensors: Any, *, final: bool) -> None:
+            raise RuntimeError("Failed to increase the shared memory pool for 'the prompt'")
+
+        bad_sender.send = full  # type: ignore[method-assign]
+        for _ in range(2):
+            client.give(*(Output(id=id, tokens=TOKENIZER.encode("a", False)) for id in (bad_id, good_id)))
+            client.wait_taken()
+        client.give(Output(id=good_id, tokens=[], finish_reason=FinishReason.STOP))
+        assert bad_sender.finished.wait(5)
+        assert good_sender.finished.wait(5)
+        assert [error.code for error in bad_sender.errors] == [ErrorCode.INTERNAL]
+        assert client.cancelled == [bad_id]
+        assert "".join(good_sender.texts) == "aa"
+        assert "RuntimeError" in log[0]
+        assert "prompt" not in log[0]
+
+    def test_a_request_that_cannot_be_opened(self, front: Front, client: QueueClient, log: list[str]) -> None:
+        bad, bad_sender = job(stop_words=((-1,),))  # ids that no tokenizer takes; requests with them are refused before
+        front.submit(bad)
+        assert bad_sender.finished.wait(5)
+        assert bad_sender.errors[0].code is ErrorCode.INTERNAL
+        good, good_sender = job()
+        client.give(Output(id=submit(front, client, good), tokens=[10], finish_reason=FinishReason.STOP))
+        assert good_sender.finished.wait(5)
+
+    def test_a_client_that_fails(self, front: Front, client: QueueClient, log: list[str]) -> None:
+        made, sender = job()
+        submit(front, client, made)
+        poll, sender.fail = client.poll, _raises(sender.fail)  # type: ignore[method-assign]
+        client.poll = _raises(poll)  # type: ignore[method-assign]
+        until(lambda: log)
+        assert len(log) < 3  # it does not fill the log
+        client.poll = poll  # type: ignore[method-assign]
+        again, sender = job()
+        client.give(Output(id=submit(front, client, again), tokens=[10], finish_reason=FinishReason.STOP))
+        assert sender.finished.wait(5)
+
+    def test_an_unreadable_note(self, front: Front, client: QueueClient, tmp_path: Path, log: list[str]) -> None:
+        made, sender = job()
+        id = submit(front, client, made)
+        with zmq.Context.instance().socket(zmq.PUSH) as socket:
+            socket.connect(f"ipc://{tmp_path / 'mailbox-1'}")
+            for note in (b"", b"\xc1", b"\x81\xa4type\xa6Passed"):
+                socket.send(note)
+            time.sleep(0.1)
+        client.give(Output(id=id, tokens=[10], finish_reason=FinishReason.STOP))
+        assert sender.finished.wait(5)
+        assert not sender.errors
+        assert not log
+
+
+def _raises(then: Any) -> Any:
+    def call(*args: object, **settings: object) -> None:
+        then(*args, **settings)
+        raise OSError("no luck")
+
+    return call
+
+
+class TestTimeouts:
+    def test_the_engine_gets_the_deadline(self, front: Front, client: QueueClient) -> None:
+        made, _ = job()
+        made.deadline_ns = made.arrival_ns + 10**9
+        submit(front, client, made)
+        assert client.submitted[0].deadline_ns == made.arrival_ns + 10**9
+
+    def test_expired_without_a_token_is_an_error(self, front: Front, client: QueueClient) -> None:
+        made, sender = job()
+        client.give(Output(id=submit(front, client, made), tokens=[], finish_reason=FinishReason.TIMEOUT))
+        assert sender.finished.wait(5)
+        assert sender.errors[0].code is ErrorCode.UNAVAILABLE
+        assert "timeout expired" in sender.errors[0].message
+
+    def test_expired_with_tokens_is_an_answer_that_says_so(self, front: Front, client: QueueClient) -> None:
+        made, sender = job(stream=False)
+        client.give(Output(id=submit(front, client, made), tokens=[10], finish_reason=FinishReason.TIMEOUT))
+        assert sender.finished.wait(5)
+        assert sender.responses[0]["finish_reason"][0] == b"timeout"
+
+
+def test_stream_ids_cannot_be_guessed(front: Front, client: QueueClient) -> None:
+    """Whoever calls postprocessing can name one, and so tell a front that a client is gone."""
+    ids = [submit(front, client, job()[0]) for _ in range(20)]
+    assert len({id >> 40 for id in ids}) == 20
+
+
+def test_notes_for_nobody_open_no_sockets(tmp_path: Path) -> None:
+    post = Post(tmp_path)
+    for number in range(2000):
+        post.send(number, Passed(1, 1))
+    assert post._sockets == {}
+    post.close()

@@ -47,6 +47,7 @@ def servers() -> dict[int, ServerRecord]:
             found[int(pid)] = msgspec.json.decode(text, type=ServerRecord)
     return found
 
+
 MAX_SOCKET_PATH = 107  # bytes; the kernel's limit
 STALE_SECONDS = 60.0  # for which a folder is left alone, whoever made it
 HANG_SECONDS = float(os.environ.get("ROUNDHOUSE_HANG_SECONDS", "30"))  # without a sign of life, or without a step
@@ -105,6 +106,10 @@ def is_host(pid: str, folder: Path) -> bool:
         with suppress(OSError):
             return os.fsencode(folder) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     return False
+
+
+def alive(pid: int) -> bool:
+    return _start_of(pid) is not None
 
 
 def _start_of(pid: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,11 @@ def inputs(request: Any) -> dict[str, npt.NDArray[Any]]:
     return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
 
 
+def timeouts(request: Any) -> tuple[int, object]:
+    """What the client gave as timeout, microseconds: Triton's own, 0 without; the parameter `timeout`, None without."""
+    return int(request.timeout()), json.loads(request.parameters() or "{}").get("timeout")
+
+
 def response(tensors: Mapping[str, npt.NDArray[Any]]) -> Any:
     return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(name, array) for name, array in tensors.items()])
 
@@ -47,9 +53,6 @@ class TritonSender:
 
     def fail(self, error: Error, *, final: bool) -> None:
         self._sender.send(refusal(error), _FINAL if final else 0)
-
-    def close(self) -> None:
-        self._sender.send(flags=_FINAL)
 
     def cancelled(self) -> bool:
         return bool(self._sender.is_cancelled())

@@ -7,12 +7,12 @@ oldest first, so that none starves; what arrives while a stream waits travels to
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import count
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 import zmq
 
+from roundhouse.bugs import described
 from roundhouse.engine.protocol import Error, ErrorCode, FinishReason, Output, Request, Stats
 from roundhouse.metrics import Record
 from roundhouse.text.detokenize import Detokenizer
@@ -37,6 +38,14 @@ LOST_SECONDS = 1.5  # a chunk that postprocessing did not get, while it got late
 SILENT_SECONDS = 2.2  # the same, when there were none of others
 CHECKS_PER_SECOND = 400  # questions to Triton whether a client is still there; each costs about 0.1 ms
 CHECK_SECONDS = 0.2  # no client is asked for more often
+
+
+CANCELLED = Error(ErrorCode.CANCELLED, "the client has cancelled the request")
+NOT_READ = Error(
+    ErrorCode.CANCELLED,
+    "the ensemble has not passed the answer on: its client has gone, or postprocessing stands still; send it again",
+)
+MISTAKE = Error(ErrorCode.INTERNAL, "the server made a mistake with this request; see its log")
 
 
 class Client(Protocol):
@@ -83,7 +92,6 @@ class Front:
         self._post = Post(folder)
         client.watch(self._mailbox.socket)
         self._pace = Pace(responses_per_second, time.monotonic())
-        self._ids = count(1)
         self._orders: deque[Job | Stop] = deque()  # from `execute`
         self._jobs: deque[Job] = deque()  # in the order in which their clients are asked for
         self._streams: dict[int, Stream] = {}
@@ -121,9 +129,10 @@ class Front:
                 self._send()
                 self._look_after_clients()
                 self._metrics.publish(self._client.stats, self._client.restarts)
-            except Exception:
-                self._log(f"front: unexpected error, ending its {len(self._streams)} streams\n{traceback.format_exc()}")
+            except Exception as error:
+                self._log(f"front: ends its {len(self._streams)} streams after an error: {described(error)}")
                 self._abandon()
+                time.sleep(IDLE_SECONDS)  # what does not pass by itself must not fill the log
         self._mailbox.close()
         self._post.close()
         self._client.close()
@@ -146,21 +155,26 @@ class Front:
             if isinstance(order, Stop):
                 self._post.broadcast(order)
             else:
-                requests += self._open(order)
+                try:
+                    requests += self._open(order)
+                except Exception as error:
+                    self._break(order, error)
         if requests:
             self._client.submit(requests)
 
     def _open(self, job: Job) -> list[Request]:
         requests = []
+        job.open = 1  # until it is known how many
         for batch_index, generation in enumerate(job.generations):
             if generation is None:
                 continue  # refused already; its neighbours in the batch go on
             for sequence_index, request in enumerate(generation.engine_requests()):
                 stream = Stream(job, generation, batch_index, sequence_index, self._detokenizer)
-                stream.id = next(self._ids)
+                stream.id = secrets.randbits(62)  # clients of postprocessing can name a stream: they must not guess it
                 job.streams.append(stream)
                 self._streams[stream.id] = stream
-                requests.append(msgspec.structs.replace(request, id=stream.id, arrival_ns=job.arrival_ns))
+                times = {"arrival_ns": job.arrival_ns, "deadline_ns": job.deadline_ns}
+                requests.append(msgspec.structs.replace(request, id=stream.id, **times))
         job.open = len(job.streams)
         self._jobs.append(job)
         return requests
@@ -227,7 +241,10 @@ class Front:
                 return
             stream.queued = False
             if not stream.job.cancelled:
-                self._respond(stream, now)
+                try:
+                    self._respond(stream, now)
+                except Exception as error:
+                    self._break(stream.job, error)
 
     def _respond(self, stream: Stream, now: float) -> None:
         job = stream.job
@@ -256,10 +273,7 @@ class Front:
         self._metrics.finished(record_of(stream, time.monotonic_ns()))
         self._forget_if_settled(stream)
         if job.cancelled and not job.open:
-            if job.form is Form.STEP:
-                job.sender.close()
-            else:
-                job.sender.fail(Error(ErrorCode.CANCELLED, "the client has cancelled the request"), final=True)
+            job.sender.fail(NOT_READ if job.form is Form.STEP else CANCELLED, final=True)
 
     def _forget_if_settled(self, stream: Stream) -> None:
         if stream.job.cancelled or not stream.unacknowledged:
@@ -296,16 +310,28 @@ class Front:
 
     def _abandon(self) -> None:
         """After a bug: end all streams with an error rather than leave their clients waiting."""
-        error = Error(ErrorCode.INTERNAL, "the server made a mistake with this request; see its log")
-        streams, self._streams = list(self._streams.values()), {}
+        for job in {id(stream.job): stream.job for stream in self._streams.values()}.values():
+            self._fail(job)
         self._urgent.clear()
         self._queue.clear()
         self._jobs.clear()
-        self._client.cancel([stream.id for stream in streams if not stream.last])
-        for job in {id(stream.job): stream.job for stream in streams}.values():
-            if job.open:
-                job.open = 0
-                job.sender.fail(error, final=True)
+
+    def _break(self, job: Job, error: Exception) -> None:
+        """End one request after an error that is its own: of Triton, which could not take a response, or a bug."""
+        self._log(f"front: ends a request after an error: {described(error)}")
+        self._fail(job)
+
+    def _fail(self, job: Job) -> None:
+        """Does not raise."""
+        was_open, job.open, job.cancelled = job.open, 0, True
+        for stream in job.streams:
+            stream.done = True
+            self._streams.pop(stream.id, None)
+        with suppress(Exception):
+            self._client.cancel([stream.id for stream in job.streams if not stream.last])
+        if was_open:
+            with suppress(Exception):
+                job.sender.fail(MISTAKE, final=True)
 
 
 def record_of(stream: Stream, now_ns: int) -> Record:

@@ -130,7 +130,7 @@ def from_tokens(fields: Fields, tokenizer: Tokenizer, info: EngineInfo, *, ensem
     return _generation(
         fields,
         info,
-        prompt=_prompt_ids(fields),
+        prompt=_prompt_ids(fields, info.max_seq_len),
         end_ids=_end_ids(fields, tokenizer if ensemble else None, info, absent=()),
         stop_words=_word_list(fields, "stop_words"),
         bad_words=_word_list(fields, "bad_words"),
@@ -304,17 +304,21 @@ def _end_ids(
     return (end_id,) if 0 <= end_id < info.vocab_size else ()
 
 
-def _prompt_ids(fields: Fields) -> list[int]:
+def _prompt_ids(fields: Fields, max_seq_len: int) -> list[int]:
     array = fields.array("input_ids")
     if array is None:
         refuse("input_ids: missing or empty; send the token ids of the prompt, at least one")
-    ids: list[int] = array.reshape(-1).tolist()
     length = fields.integer("input_lengths")
     if length is None:
         refuse("input_lengths: missing; it says how many of input_ids are the prompt")
-    if not 1 <= length <= len(ids):
-        refuse(f"input_lengths: {length} is not allowed; input_ids has {len(ids)} ids, so it must be 1 to {len(ids)}")
-    return ids[:length]
+    if not 1 <= length <= array.size:
+        refuse(
+            f"input_lengths: {length} is not allowed; input_ids has {array.size} ids, so it must be 1 to {array.size}"
+        )
+    if length > max_seq_len:  # before it takes the memory of so many Python integers
+        refuse(f"input_lengths: {length} ids cannot fit into max_seq_len {max_seq_len} tokens; shorten the prompt")
+    ids: list[int] = array.reshape(-1)[:length].tolist()
+    return ids
 
 
 def _word_list(fields: Fields, name: str) -> list[list[int]]:

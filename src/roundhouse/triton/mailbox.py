@@ -50,11 +50,13 @@ class Mailbox:
         os.chmod(self._path, 0o600)
 
     def read(self) -> list[Note]:
-        """All notes that have come."""
+        """All notes that have come; those that cannot be read are dropped."""
         notes = []
         try:
             while True:
-                notes.append(_decoder.decode(self.socket.recv(zmq.NOBLOCK)))
+                data = self.socket.recv(zmq.NOBLOCK)
+                with suppress(msgspec.DecodeError):
+                    notes.append(_decoder.decode(data))
         except zmq.Again:
             return notes
 
@@ -73,12 +75,22 @@ class Post:
     def send(self, number: int, note: Note) -> None:
         socket = self._sockets.get(number)
         if socket is None:
+            self._forget_the_dead()
+            if not self._path(number).exists():
+                return
             socket = zmq.Context.instance().socket(zmq.PUSH)
             socket.set_hwm(100_000)
-            socket.connect(f"ipc://{self._folder / f'mailbox-{number}'}")
+            socket.connect(f"ipc://{self._path(number)}")
             self._sockets[number] = socket
         with suppress(zmq.Again):
             socket.send(_encoder.encode(note), zmq.NOBLOCK)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"mailbox-{number}"
+
+    def _forget_the_dead(self) -> None:
+        for number in [number for number in self._sockets if not self._path(number).exists()]:
+            self._sockets.pop(number).close(linger=0)
 
     def broadcast(self, note: Note) -> None:
         for path in self._folder.glob("mailbox-*"):

@@ -12,6 +12,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from roundhouse import deployment
+from roundhouse.bugs import described
 from roundhouse.engine.base import RequestError
 from roundhouse.engine.client import EngineClient
 from roundhouse.engine.protocol import Error, ErrorCode
@@ -53,6 +54,18 @@ class Settings:
     def tokenizer(self) -> Tokenizer:
         model = self.deployment.model
         return Tokenizer.load(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code)
+
+
+def timeout_of(triton: int, parameter: object) -> int:
+    """Microseconds until a request expires, 0 for never.
+
+    `triton`: of a request of `infer`. `parameter`: the parameter `timeout`, where the body of `generate` puts it.
+    Raises RequestError.
+    """
+    value = triton if parameter is None else parameter
+    if type(value) is not int or not 0 <= value < 2**63:
+        refuse(f"timeout: {value!r} is not allowed; give the microseconds after which the request may be dropped")
+    return value
 
 
 class StreamingModel:
@@ -116,7 +129,7 @@ class StreamingModel:
                 self.metrics.rejected()
                 sender.fail(error.as_error(), final=True)
             except Exception as error:
-                backend.log_warning(f"unexpected error with a request: {error!r}")
+                backend.log_warning(f"unexpected error with a request: {described(error)}")
                 sender.fail(Error(ErrorCode.INTERNAL, f"unexpected error: {error}"), final=True)
 
     def finalize(self) -> None:
@@ -130,6 +143,7 @@ class StreamingModel:
             return
         if self._draining.exists():
             raise RequestError(ErrorCode.UNAVAILABLE, STOPPING)
+        timeout = timeout_of(*backend.timeouts(request))
         form = self.form_of(tensors)
         batch = batch_of(self.fields_of(tensors), labels=self.labels(form))
         if len(batch) > 1 and not self.decoupled:
@@ -148,7 +162,8 @@ class StreamingModel:
             self.metrics.rejected()
             sender.fail(refused, final=number == len(batch))
         if len(errors) < len(batch):
-            self.front.submit(Job(generations, sender, form, arrival_ns, request.request_id()))
+            deadline_ns = arrival_ns + 1000 * timeout if timeout else 0
+            self.front.submit(Job(generations, sender, form, arrival_ns, request.request_id(), deadline_ns))
 
     def _checked(self, fields: Fields, form: Form) -> Generation:
         if not self.decoupled:

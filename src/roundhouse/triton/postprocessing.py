@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from roundhouse.bugs import described
 from roundhouse.engine.base import RequestError
 from roundhouse.engine.protocol import Error, ErrorCode
 from roundhouse.engine.runtime import runtime_dir
@@ -44,12 +45,14 @@ class TritonPythonModel:
         try:
             tensors = backend.inputs(request)
             if "CHUNK" in tensors:
+                if tensors["CHUNK"].size != 4:
+                    refuse("CHUNK: is internal to the ensemble; leave it out")
                 self._tell_front(request, *tensors["CHUNK"].reshape(-1).tolist())
             return backend.response({"OUTPUT": self._texts(tensors)})
         except RequestError as error:
             return backend.refusal(error.as_error())
         except Exception as error:
-            backend.log_warning(f"unexpected error with a request: {error!r}")
+            backend.log_warning(f"unexpected error with a request: {described(error)}")
             return backend.refusal(Error(ErrorCode.INTERNAL, f"unexpected error: {error}"))
 
     def _tell_front(self, request: Any, number: int, stream: int, index: int, last: int) -> None:
@@ -75,9 +78,9 @@ class TritonPythonModel:
                 "they must be [B, beams] and [B, beams, length]"
             )
         if "CHUNK" in tensors:
-            last = bool(tensors["CHUNK"].reshape(-1)[3])
+            last, ids = bool(tensors["CHUNK"].reshape(-1)[3]), batch.reshape(-1).tolist()
             window = tensors["WINDOW"].reshape(-1).tolist() if "WINDOW" in tensors else []
-            text = self._detokenizer.chunk_text(window, batch.reshape(-1).tolist(), last)
+            text = self._detokenizer.chunk_text(_counted("WINDOW", window), _counted("TOKENS_BATCH", ids), last)
             return np.array([text.encode()], dtype=np.object_)
         rows = zip(batch.reshape(-1, batch.shape[2]).tolist(), lengths.reshape(-1).tolist(), strict=True)
         return np.array([self._whole(ids, length).encode() for ids, length in rows], dtype=np.object_)
@@ -85,7 +88,10 @@ class TritonPythonModel:
     def _whole(self, ids: list[int], length: int) -> str:
         if not 0 <= length <= len(ids):
             refuse(f"SEQUENCE_LENGTH: {length} is not allowed; TOKENS_BATCH has {len(ids)} ids a sequence")
-        ids = ids[:length]
-        if ids and min(ids) < 0:
-            refuse(f"TOKENS_BATCH: token id {min(ids)} is not allowed; ids count from 0, padding goes behind them")
-        return self._detokenizer.text(ids)
+        return self._detokenizer.text(_counted("TOKENS_BATCH", ids[:length]))
+
+
+def _counted(name: str, ids: list[int]) -> list[int]:
+    if ids and min(ids) < 0:
+        refuse(f"{name}: token id {min(ids)} is not allowed; ids count from 0, padding goes behind them")
+    return ids

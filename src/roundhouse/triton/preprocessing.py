@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from roundhouse.bugs import described
 from roundhouse.engine.base import RequestError
 from roundhouse.engine.protocol import Error, ErrorCode
 from roundhouse.text.stop_words import encode_word_list
@@ -50,7 +51,7 @@ class TritonPythonModel:
         except RequestError as error:
             return backend.refusal(error.as_error())
         except Exception as error:
-            backend.log_warning(f"unexpected error with a request: {error!r}")
+            backend.log_warning(f"unexpected error with a request: {described(error)}")
             return backend.refusal(Error(ErrorCode.INTERNAL, f"unexpected error: {error}"))
 
     def _outputs(self, batch: list[Fields], max_tokens: Array) -> dict[str, Array]:

@@ -10,12 +10,16 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from roundhouse.engine.protocol import Error, FinishReason, Output, Perf
+from roundhouse.engine.protocol import Error, ErrorCode, FinishReason, Output, Perf
 from roundhouse.text.detokenize import Detokenizer
 from roundhouse.text.stop_words import StopMatcher
 from roundhouse.triton.generation import Generation
 from roundhouse.triton.pacing import Departure
 
+EXPIRED = Error(
+    ErrorCode.UNAVAILABLE,
+    "timeout: Request timeout expired before its first token; send it again later, or allow more time",
+)
 Tensors = Mapping[str, npt.NDArray[Any]]
 
 
@@ -34,9 +38,6 @@ class Sender(Protocol):
 
     def fail(self, error: Error, *, final: bool) -> None: ...
 
-    def close(self) -> None:
-        """End the request without another response."""
-
     def cancelled(self) -> bool:
         """Whether the client has gone away or cancelled."""
 
@@ -53,6 +54,7 @@ class Job:
     form: Form
     arrival_ns: int
     request_id: str = ""
+    deadline_ns: int = 0  # monotonic; 0 for never
     open: int = 0  # streams that have not sent their last response
     cancelled: bool = False
     streams: list[Stream] = field(default_factory=list)
@@ -107,6 +109,8 @@ class Stream:
         if output.last:
             self.error, self.perf = output.error, output.perf
             self.finish_reason = FinishReason.STOP if self.stopped and output.error is None else output.finish_reason
+            if self.finish_reason is FinishReason.TIMEOUT and not self.generated:
+                self.error, self.finish_reason = EXPIRED, None
         return end is not None and not output.last
 
     def sendable(self) -> bool:
