@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -30,6 +33,7 @@ IDLE_SECONDS = 1.0  # how long the engine must be idle before all answers have s
 EXIT_SECONDS = 2  # Triton's own time to end after that: requests whose clients have gone would keep it for ever
 PROGRESS_SECONDS = 10.0
 DOOR_SECONDS = 60.0  # for the OpenAI front door to open
+CLOSED_APIS = "shared-memory,trace,logging"  # whoever reaches the port could map, or change, what is the server's own
 NOISE = ("pinned memory", "CUDA memory", "CudaDriver", "CUDA driver", "NVML", "GPU metrics", "Cache metrics", "DCGM")
 
 
@@ -69,6 +73,15 @@ class Addresses:
                     ) from error
 
 
+def _die_with_parent() -> None:
+    """In the child: have the kernel kill it when the thread that started it ends."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
 class Server:
     """A running tritonserver and everything that it started."""
 
@@ -93,10 +106,15 @@ class Server:
         self._deployment = deployment
         self._door: subprocess.Popen[bytes] | None = None
         self.drain_seconds = drain_seconds
-        self._folder = tempfile.TemporaryDirectory(prefix="roundhouse-repository-")
-        models = Path(self._folder.name) / "model_repository"
-        repository.render(parsed, deployment, models)
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="roundhouse-repository-")
+            models = Path(self._folder.name) / "model_repository"
+            repository.render(parsed, deployment, models)
+        except OSError as error:
+            raise ServeError(f"the model repository cannot be written into {tempfile.gettempdir()}: {error}") from error
         self._verbose = verbose
+        self._models: dict[int, str] = {}  # file descriptor of a process of Triton's -> the model that it runs
+        self._regions: list[Path] = []  # shared memory that Triton leaves behind when it or one of those is killed
         self.errors: deque[str] = deque(maxlen=200)
         self.process = subprocess.Popen(
             _command(triton, models, addresses),
@@ -105,33 +123,45 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_die_with_parent,
             text=True,
             errors="replace",
         )
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
 
-    def wait_ready(self, console: Console) -> None:
-        """Wait until all models are loaded and the doors are open. Raises ServeError if the server ends instead."""
-        self._wait_loaded(console)
+    def wait_ready(self, console: Console, stop: threading.Event | None = None) -> None:
+        """Wait until all models are loaded and the doors are open, or `stop` is set.
+
+        Raises ServeError if the server ends instead.
+        """
+        self._wait_loaded(console, stop)
+        if stop is not None and stop.is_set():
+            return
         addresses = self.addresses
         record = ServerRecord(
             deployment=str(self._deployment.resolve()),
             grpc=f"{addresses.grpc_address}:{addresses.grpc_port}",
             metrics_url=f"http://{_reachable(addresses.metrics_address)}:{addresses.metrics_port}/metrics",
         )
-        announce(self.process.pid, record)
+        try:
+            announce(self.process.pid, record)
+        except OSError as error:
+            raise ServeError(f"the server's runtime folder cannot be written: {error}") from error
         if self._has_door:
             self._door = subprocess.Popen(
                 _door_command(self._deployment, addresses, self.drain_seconds),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
             self._wait_door()
 
-    def ended(self) -> bool:
-        """Whether Triton, or the OpenAI front door, has ended by itself."""
-        return self.process.poll() is not None or (self._door is not None and self._door.poll() is not None)
+    def ended(self, seconds: float = 0.0) -> bool:
+        """Whether Triton, or the OpenAI front door, has ended by itself; Triton gets so many seconds to do so."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=seconds)
+        return self.process.returncode is not None or (self._door is not None and self._door.poll() is not None)
 
     def _wait_door(self) -> None:
         deadline = time.monotonic() + DOOR_SECONDS
@@ -146,21 +176,36 @@ class Server:
             time.sleep(0.05)
         raise ServeError("the OpenAI front door does not open; its log says why")
 
-    def _wait_loaded(self, console: Console) -> None:
+    def _wait_loaded(self, console: Console, stop: threading.Event | None) -> None:
         url = f"http://{_reachable(self.addresses.http_address)}:{self.addresses.http_port}/v2/health/ready"
         started = told = time.monotonic()
         with console.status("starting Triton and loading the engine"):
-            while True:
+            while stop is None or not stop.is_set():
                 if self.process.poll() is not None:
                     self._reader.join(timeout=2)
                     raise ServeError(self.why())
                 with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=2):
+                    self._watch_models()
                     return
                 now = time.monotonic()
                 if now - told > PROGRESS_SECONDS:
                     told = now
                     console.print(f"still loading: {now - started:.0f} s")
                 time.sleep(0.05)
+
+    def _watch_models(self) -> None:
+        """Remember the processes that run the Python models, once all of them are there to stay."""
+        for child in psutil.Process(self.process.pid).children():
+            stub = _stub(child)
+            with suppress(OSError):
+                if stub is not None:
+                    self._models[os.pidfd_open(child.pid)] = stub[0]
+                    self._regions.append(stub[1])
+
+    def lost_model(self) -> str | None:
+        """A model whose process has died: Triton 2.51 leaves its clients waiting, and cannot start it again."""
+        ended = select.select(list(self._models), [], [], 0)[0] if self._models else ()
+        return next((self._models[pidfd] for pidfd in ended), None)
 
     def why(self) -> str:
         """The reason that the server gave for its end."""
@@ -188,9 +233,8 @@ class Server:
         idle_since = time.monotonic()
         monitor = EngineMonitor(self.process.pid)
         while self.process.poll() is None and time.monotonic() < deadline:
-            stats = monitor.stats()
             now = time.monotonic()
-            if stats is not None and stats.active + stats.waiting:
+            if not monitor.idle():
                 idle_since = now
             elif now - idle_since > IDLE_SECONDS:
                 break
@@ -206,6 +250,7 @@ class Server:
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 children += psutil.Process(process.pid).children(recursive=True)
+        self._regions += [stub[1] for child in children if (stub := _stub(child)) is not None]
         for process in processes:
             if process.poll() is None:
                 process.kill()
@@ -216,6 +261,11 @@ class Server:
                 child.kill()
         self._reader.join(timeout=2)
         self._folder.cleanup()
+        for pidfd in self._models:
+            os.close(pidfd)
+        self._models.clear()
+        for region in self._regions:
+            region.unlink(missing_ok=True)
 
     def _read_log(self) -> None:
         """Pass errors and warnings on; everything, if verbose."""
@@ -225,7 +275,17 @@ class Server:
             if line[:1] in "EW" or line.startswith(("engine: ", "error: ", "Traceback")):
                 self.errors.append(line)
             if self._verbose or line.startswith("engine: ") or (line[:1] in "EW" and not _is_noise(line)):
-                print(line, file=sys.stderr, flush=True)
+                with suppress(OSError, ValueError):  # nobody reads it any more, or the disk is full: read on, or Triton
+                    print(line, file=sys.stderr, flush=True)  # would stop at its next line
+
+
+def _stub(process: psutil.Process) -> tuple[str, Path] | None:
+    """Model and shared memory of a process of Triton's Python backend; None if it is none."""
+    with suppress(psutil.Error):
+        command = process.cmdline()
+        if len(command) > 2 and "triton_python_backend_stub" in command[0]:
+            return Path(command[1]).parents[1].name, Path("/dev/shm") / command[2]
+    return None
 
 
 def _is_noise(line: str) -> bool:
@@ -234,6 +294,7 @@ def _is_noise(line: str) -> bool:
 
 
 def _command(triton: tritonserver.Triton, models: Path, addresses: Addresses) -> list[str]:
+    nobody = f"{CLOSED_APIS}:roundhouse={secrets.token_hex(32)}"  # a header that nobody knows
     return [
         str(triton.binary),
         f"--model-repository={models}",
@@ -245,6 +306,8 @@ def _command(triton: tritonserver.Triton, models: Path, addresses: Addresses) ->
         f"--metrics-address={addresses.metrics_address}",
         f"--metrics-port={addresses.metrics_port}",
         f"--exit-timeout-secs={EXIT_SECONDS}",
+        f"--http-restricted-api={nobody}",
+        f"--grpc-restricted-protocol={nobody}",
         "--model-control-mode=none",
         "--exit-on-error=true",
         "--allow-cpu-metrics=false",
@@ -282,23 +345,36 @@ def serve(deployment: Path, addresses: Addresses, *, openai: bool, drain_seconds
         signal.signal(number, on_signal)
     try:
         server = Server(deployment, addresses, openai=openai, drain_seconds=drain_seconds, verbose=verbose)
-        server.wait_ready(console)
+        server.wait_ready(console, stop)
     except (deployments.DeploymentError, tritonserver.TritonError, ServeError) as error:
         if server is not None:
             server.kill()
-        console.print(f"[red]cannot serve {deployment}[/red]", highlight=False)
-        console.print(str(error), highlight=False, markup=False)
+        _say(console, f"cannot serve {deployment}\n{error}")
         return 1
     host = _reachable(addresses.http_address)
-    console.print(
+    if stop.is_set():
+        server.kill()
+        return 0
+    _say(
+        console,
         f"ready: HTTP {host}:{addresses.http_port}, gRPC {_reachable(addresses.grpc_address)}:{addresses.grpc_port}, "
         f"metrics {_reachable(addresses.metrics_address)}:{addresses.metrics_port}",
-        highlight=False,
     )
     while not stop.wait(0.2):
-        if server.ended():
-            console.print(f"the server has ended by itself\n{server.why()}", markup=False)
+        model = server.lost_model()
+        if server.ended(EXIT_SECONDS if model is not None else 0):  # its models end before it does
+            _say(console, f"the server has ended by itself\n{server.why()}")
             server.kill()
             return 1
-    console.print("draining: open streams finish, new requests are refused (once more to stop at once)")
+        if model is not None:
+            _say(console, f"the process of {model} has died: open streams finish, then the server ends")
+            server.drain()
+            return 1
+    _say(console, "draining: open streams finish, new requests are refused (once more to stop at once)")
     return server.drain()
+
+
+def _say(console: Console, text: str) -> None:
+    """To whoever reads it: a closed pipe or a full disk must not keep a server from serving or draining."""
+    with suppress(OSError):
+        console.print(text, highlight=False, markup=False)
