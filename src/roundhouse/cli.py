@@ -55,23 +55,33 @@ def render_k8s(
     component: Annotated[list[str] | None, typer.Option("--with", help="a component; may be given again")] = None,
     namespace: str = "roundhouse",
     trtllm_version: Annotated[str | None, typer.Option(help="of the image, if it is not the pinned one")] = None,
+    load_test_image: Annotated[str | None, typer.Option(help="for --with load-test: one with Locust")] = None,
+    download: Annotated[
+        list[str] | None, typer.Option(help="OWNER/NAME on Hugging Face that a Job is to fetch; may be given again")
+    ] = None,
     vllm_image: Annotated[str | None, typer.Option(help="for --with vllm-comparison")] = None,
     endpoint_picker_image: Annotated[str | None, typer.Option(help="for --with inference-gateway")] = None,
 ) -> None:
     """Write a kustomize overlay for a deployment."""
     from roundhouse import deployment as deployments
-    from roundhouse.kubernetes import mounts, overlay
+    from roundhouse.kubernetes import overlay
+    from roundhouse.trtllm.commands import TENSORRT_LLM
 
-    images = {"vllm-comparison": vllm_image, "inference-gateway": endpoint_picker_image}
+    images = {
+        "load-test": load_test_image,
+        "vllm-comparison": vllm_image,
+        "inference-gateway": endpoint_picker_image,
+    }
     try:
         overlay.render(
             deployments.load(deployment),
             output,
             image=image,
-            foreign_images={name: given for name, given in images.items() if given is not None},
-            trtllm_version=trtllm_version or mounts.TRTLLM_VERSION,
+            other_images={name: given for name, given in images.items() if given is not None},
+            trtllm_version=trtllm_version or TENSORRT_LLM,
             namespace=namespace,
             components=tuple(component or ()),
+            downloads=tuple(download or ()),
         )
     except (deployments.DeploymentError, FileExistsError) as error:
         print(error, file=sys.stderr)

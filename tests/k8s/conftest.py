@@ -27,8 +27,9 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[Combination, Ob
 
 
 @pytest.fixture(scope="session")
-def local_cpu(everything: dict[Combination, Objects]) -> Objects:
-    return everything[Combination("local-cpu", ())]
+def local_cpu() -> Objects:
+    """The overlay that is in the repository."""
+    return manifests.build(manifests.ROOT / "k8s/overlays/local-cpu")
 
 
 @pytest.fixture(scope="session")

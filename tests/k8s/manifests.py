@@ -14,12 +14,13 @@ import yaml
 
 from roundhouse import deployment
 from roundhouse.deployment import Deployment
-from roundhouse.kubernetes import overlay
+from roundhouse.kubernetes import mounts, overlay
 
 ROOT = Path(__file__).parents[2]
 DIGEST = "sha256:" + "1" * 64
 IMAGE = f"registry.example/roundhouse@{DIGEST}"
-FOREIGN = {
+OTHERS = {
+    "load-test": f"registry.example/locust@{DIGEST}",
     "vllm-comparison": f"registry.example/vllm@{DIGEST}",
     "inference-gateway": f"registry.example/picker@{DIGEST}",
 }
@@ -51,24 +52,31 @@ def combinations() -> list[Combination]:
     return [c for c in made if "vllm-comparison" not in c.components or c.load().gpu is not None]
 
 
+def downloads(deployment: Deployment) -> tuple[str, ...]:
+    """The models that are not in the image, as a Job is to fetch them."""
+    inside = mounts.models_on_volume(mounts.mounted(deployment, "1"))
+    return tuple(sorted(f"owner/{Path(path).name}" for path in inside))
+
+
 def render(combination: Combination, target: Path, namespace: str = "roundhouse") -> Path:
     overlay.render(
         combination.load(),
         target,
         image=IMAGE,
-        foreign_images={name: image for name, image in FOREIGN.items() if name in combination.components},
+        other_images={name: image for name, image in OTHERS.items() if name in combination.components},
         namespace=namespace,
         components=combination.components,
+        downloads=downloads(combination.load()) if combination.components else (),
     )
     return target
 
 
 def build(folder: Path) -> Objects:
-    """What `kubectl apply -k` would apply. The load test, which is applied apart, is appended."""
+    """What `kubectl apply -k` would apply. The jobs that are applied apart are appended."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is missing; the manifests are not checked")
     made: Objects = []
-    for part in (folder, folder / "load-test"):
+    for part in (folder, folder / "load-test", folder / "model-download"):
         if part.is_dir():
             done = subprocess.run(["kubectl", "kustomize", str(part)], capture_output=True, text=True, timeout=60)
             assert done.returncode == 0, done.stderr

@@ -16,7 +16,6 @@ VOLUMES = {"configMap", "downwardAPI", "emptyDir", "ephemeral", "persistentVolum
 CDI = "GPU injection through CDI hooks writes into the container's root"
 EXCEPTIONS = {
     ("server", "server", "readOnlyRootFilesystem"): f"{CDI}; and /tmp must be as young as the container",
-    ("server", "openai", "readOnlyRootFilesystem"): "temporary files; a volume at /tmp would outlive the container",
     ("server", "wait-for-engine", "readOnlyRootFilesystem"): f"a pod with GPUs: {CDI}",
     ("engine-build", "build", "readOnlyRootFilesystem"): CDI,
     ("vllm", "vllm", "readOnlyRootFilesystem"): CDI,

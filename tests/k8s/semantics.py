@@ -140,7 +140,9 @@ def paths_are_mounted(objects: Objects) -> Problems:
         for container in pod.all_containers:
             mounts = {mount["mountPath"]: mount["name"] for mount in container.get("volumeMounts", [])}
             texts = [*command(container), *environment(container).values()]
-            for path in re.findall(r"/(?:deployment|models|engines|config|cache|huggingface)[\w./-]*", " ".join(texts)):
+            for path in re.findall(
+                r"/(?:deployment|models|engines|config|cache|huggingface|api-keys|tls)[\w./-]*", " ".join(texts)
+            ):
                 mount = next((m for m in mounts if path == m or path.startswith(f"{m}/")), None)
                 if mount is None:
                     if not any(f"roundhouse{path}" in text for text in texts):  # /opt/roundhouse/models
@@ -159,7 +161,7 @@ def variables_are_set(objects: Objects) -> Problems:
         for container in pod.all_containers:
             names = {entry["name"] for entry in container.get("env", [])}
             for text in command(container):
-                for name in re.findall(r"\$\(?([A-Z][A-Z_]+)\)?", text):
+                for name in re.findall(r"\$[({]?([A-Z][A-Z_]+)", text):
                     if name not in names:
                         yield f"{pod.name}/{container['name']}: ${name} is not set"
 
@@ -174,9 +176,9 @@ def probes(objects: Objects) -> Problems:
             for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
                 if probe not in container:
                     yield f"{where}: no {probe}"
-            paths = [container.get(p, {}).get("httpGet", {}).get("path") for p in ("readinessProbe", "livenessProbe")]
-            if paths[1] is not None and paths[1].startswith("/v2") and paths[0] == paths[1]:
-                yield f"{where}: liveness asks {paths[1]}, which is false while a model loads"
+            path = container.get("livenessProbe", {}).get("httpGet", {}).get("path", "")
+            if "ready" in path:
+                yield f"{where}: liveness asks {path}, which is false while a model loads"
             startup = container.get("startupProbe", {})
             budget = startup.get("periodSeconds", 10) * startup.get("failureThreshold", 3)
             deadline = pod.owner["spec"].get("progressDeadlineSeconds", 600)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,12 @@ from typer.testing import CliRunner
 
 from roundhouse import deployment as deployments
 from roundhouse.cli import app
-from roundhouse.deployment import Deployment, DeploymentError
+from roundhouse.deployment import Deployment, DeploymentError, OpenAi, TensorrtLlmEngine
 from roundhouse.kubernetes import mounts, overlay, sizes
+from roundhouse.plan import Shape
+from roundhouse.trtllm.commands import TENSORRT_LLM
 from tests.k8s import manifests
-from tests.k8s.manifests import FOREIGN, IMAGE, ROOT, Combination, Objects, environment, find, of_kind, pods, size
+from tests.k8s.manifests import IMAGE, ROOT, Combination, Objects, environment, find, of_kind, pods, size
 
 GPU = "llama-3-8b-h200"
 
@@ -44,7 +50,7 @@ def test_the_shipped_overlay_is_rendered(tmp_path: Path) -> None:
 
 def test_each_component_can_be_chosen_or_is_implied() -> None:
     shipped = {path.parent.name for path in (ROOT / "k8s/components").glob("*/kustomization.yaml")}
-    implied = {"gpu", "models", "engine-build", "tensor-parallel"}
+    implied = {"gpu", "models", "engine-build", "tensor-parallel", "model-download"}
     assert shipped == implied | set(overlay.CHOICES)
 
 
@@ -53,7 +59,7 @@ def test_a_pod_reads_the_deployment_that_was_meant(path: Path, tmp_path: Path) -
     meant = deployments.load(path)
     render(meant, tmp_path / "overlay")
     read = deployments.load(tmp_path / "overlay/deployment.yaml")
-    assert read == mounts.mounted(meant, mounts.TRTLLM_VERSION)
+    assert read == mounts.mounted(meant, TENSORRT_LLM)
     unchanged = {"model", "engine", "speculative"}
     assert read.model_dump(exclude=unchanged) == meant.model_dump(exclude=unchanged)
 
@@ -76,15 +82,27 @@ def test_a_model_of_ones_own_is_read_from_the_volume(tmp_path: Path) -> None:
     assert "path: /models/my-model" in (tmp_path / "overlay/deployment.yaml").read_text()
 
 
-def test_memory_grows_with_the_weights_the_instances_and_the_host_cache() -> None:
-    def memory(weights: int = 0, **changes: dict[str, Any]) -> int:
-        return size(
-            sizes.server(load(GPU if "kv_cache" in changes else "local-cpu", **changes), weights)["limits"]["memory"]
-        )
+def test_calibration_data_of_ones_own_lies_beside_the_models() -> None:
+    own = mounts.mounted(load(GPU, engine={"calibration": "/data/mine"}), TENSORRT_LLM)
+    assert isinstance(own.engine, TensorrtLlmEngine)
+    assert own.engine.calibration == "/models/mine"
+    shipped = mounts.mounted(load(GPU), TENSORRT_LLM)
+    assert isinstance(shipped.engine, TensorrtLlmEngine)
+    assert shipped.engine.calibration == "cnn_dailymail"
 
-    assert memory(weights=sizes.GIB) - memory() == 2 * sizes.GIB
-    assert memory(fronts={"tensorrt_llm_bls": 4}) - memory() == 3 * sizes.SHM_PER_INSTANCE
-    assert memory(kv_cache={"host_memory_bytes": 7 * sizes.GIB}) - memory(kv_cache={}) == 7 * sizes.GIB
+
+def test_memory_grows_with_the_model_the_instances_and_the_host_cache(tmp_path: Path) -> None:
+    def memory(name: str, model: Path = Path("missing"), **changes: dict[str, Any]) -> int:
+        return size(sizes.server(load(name, **changes), model)["limits"]["memory"])
+
+    shutil.copy(ROOT / "models/tiny/config.json", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(bytes(3 * sizes.MIB))
+    per_token = Shape.read(tmp_path).kv_bytes_per_token("float32")
+    assert memory("local-cpu", tmp_path) - memory("local-cpu") == pytest.approx(
+        6 * sizes.MIB + 64 * 2048 * per_token, abs=sizes.MIB
+    )
+    assert memory("local-cpu", fronts={"tensorrt_llm_bls": 4}) - memory("local-cpu") == 3 * sizes.SHM_PER_INSTANCE
+    assert memory(GPU, kv_cache={"host_memory_bytes": 7 * sizes.GIB}) - memory(GPU) == 7 * sizes.GIB
 
 
 def test_shared_memory_counts_the_instances_that_triton_starts(tmp_path: Path) -> None:
@@ -124,7 +142,7 @@ def test_the_server_waits_for_what_the_job_writes_last(everything: dict[Any, Obj
     objects = everything[Combination("llama-3-70b-2xh100-speculative", ())]
     server = next(pod for pod in pods(objects) if pod.name == "Deployment/roundhouse")
     waited = environment(server.container("wait-for-engine"))["MANIFESTS"].split()
-    inside = yaml.safe_load(of_kind(objects, "ConfigMap")[0]["data"]["deployment.yaml"])
+    inside = yaml.safe_load(find_deployment(objects))
     engines = [inside["engine"]["path"], inside["speculative"]["draft_engine"]]
     assert waited == [f"{engine}/manifest.json" for engine in engines]
     (job,) = of_kind(objects, "Job")
@@ -133,9 +151,6 @@ def test_the_server_waits_for_what_the_job_writes_last(everything: dict[Any, Obj
 
 def test_the_waiting_says_what_it_waits_for_and_ends(tmp_path: Path, everything: dict[Any, Objects]) -> None:
     """The init container's own script, run here."""
-    import subprocess
-    import time
-
     objects = everything[Combination(GPU, ())]
     script = next(pod for pod in pods(objects) if pod.serves).container("wait-for-engine")
     manifest = tmp_path / "manifest.json"
@@ -152,6 +167,28 @@ def test_the_waiting_says_what_it_waits_for_and_ends(tmp_path: Path, everything:
     finally:
         waiting.kill()
         waiting.communicate()
+
+
+def test_downloads_land_where_the_server_reads(everything: dict[Any, Objects], tmp_path: Path) -> None:
+    """The Job's own script, with a stand-in for Hugging Face's client."""
+    objects = everything[Combination("llama-3-70b-2xh100-speculative", ("monitoring",))]
+    (job,) = [pod for pod in pods(objects) if pod.name == "Job/roundhouse-model-download"]
+    container = job.container("download")
+    (tmp_path / "huggingface_hub.py").write_text(
+        "def snapshot_download(*names, **options):\n    print(names, options)\n"
+    )
+    given = {**environment(container), "PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}
+    command = [*container["command"], *container["args"]]
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=10, check=True)
+    inside = yaml.safe_load(find_deployment(objects))
+    for path in (inside["model"]["path"], inside["speculative"]["draft_model"]):
+        assert f"('owner/{Path(path).name}',) {{'local_dir': '{path}'}}\n" in done.stdout
+
+
+def find_deployment(objects: Objects) -> str:
+    """The deployment file in the ConfigMap."""
+    (found,) = [o for o in of_kind(objects, "ConfigMap") if o["metadata"]["name"].startswith("roundhouse-deployment-")]
+    return str(found["data"]["deployment.yaml"])
 
 
 def test_a_job_is_another_one_when_its_inputs_change(tmp_path: Path) -> None:
@@ -181,6 +218,36 @@ def test_one_namespace_throughout(tmp_path: Path) -> None:
         assert 'namespace="roundhouse"' not in trigger["metadata"]["query"]
 
 
+def test_choosing_the_openai_door_sets_it_in_the_deployment(tmp_path: Path) -> None:
+    render(
+        load("local-cpu"),
+        tmp_path / "chosen",
+        components=("inference-gateway",),
+        other_images={"inference-gateway": IMAGE},
+    )
+    assert deployments.load(tmp_path / "chosen/deployment.yaml").openai == OpenAi()
+    render(load("local-cpu", openai={"workers": 3}), tmp_path / "said")
+    assert "openai: 9000" in [f"{p['name']}: {p['port']}" for p in service_ports(manifests.build(tmp_path / "said"))]
+
+
+def service_ports(objects: Objects) -> list[dict[str, Any]]:
+    return list(find(objects, "Service", "roundhouse")["spec"]["ports"])
+
+
+def test_keys_and_certificates_come_from_secrets(tmp_path: Path) -> None:
+    section = {"api_key_file": "keys.txt", "tls_certificate": "cert.pem", "tls_key": "key.pem"}
+    render(load("local-cpu", openai=section), tmp_path / "overlay")
+    read = deployments.load(tmp_path / "overlay/deployment.yaml").openai
+    assert read is not None
+    assert (read.api_key_file, read.tls_certificate, read.tls_key) == ("/api-keys/keys", "/tls/tls.crt", "/tls/tls.key")
+    (pod,) = pods(manifests.build(tmp_path / "overlay"))
+    secrets = {v["name"]: v["secret"]["secretName"] for v in pod.spec["volumes"] if "secret" in v}
+    mounted = {m["name"]: m["mountPath"] for m in pod.container("server")["volumeMounts"]}
+    assert secrets == {"api-keys": "roundhouse-api-keys", "tls": "roundhouse-tls"}
+    assert (mounted["api-keys"], mounted["tls"]) == ("/api-keys", "/tls")
+    assert pod.container("server")["readinessProbe"]["httpGet"]["scheme"] == "HTTPS"
+
+
 def test_an_objective_becomes_an_alert(everything: dict[Any, Objects]) -> None:
     rules = find(everything[Combination("local-cpu", ("monitoring",))], "PrometheusRule", "roundhouse-slo")
     expressions = [rule["expr"] for rule in rules["spec"]["groups"][0]["rules"]]
@@ -199,10 +266,15 @@ REFUSED = {
     "two autoscalers": (GPU, {"components": manifests.AUTOSCALERS}, "--with autoscaling-hpa: KEDA makes"),
     "no image of vLLM": (GPU, {"components": ("vllm-comparison",)}, "--vllm-image: missing"),
     "no image of the picker": (GPU, {"components": ("inference-gateway",)}, "--endpoint-picker-image: missing"),
-    "image of nobody": (GPU, {"foreign_images": FOREIGN}, "--vllm-image: only --with vllm-comparison"),
+    "image of nobody": (GPU, {"other_images": {"vllm-comparison": IMAGE}}, "--vllm-image: only --with vllm-comparison"),
+    "download that nobody reads": (
+        GPU,
+        {"downloads": ("owner/other",)},
+        "--download owner/other: the deployment reads",
+    ),
     "vLLM without GPU": (
         "local-cpu",
-        {"components": ("vllm-comparison",), "foreign_images": {"vllm-comparison": IMAGE}},
+        {"components": ("vllm-comparison",), "other_images": {"vllm-comparison": IMAGE}},
         "--with vllm-comparison: for deployments with `gpu`",
     ),
 }

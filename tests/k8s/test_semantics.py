@@ -25,8 +25,8 @@ def pod(objects: Objects) -> Any:
     return server(objects)["template"]["spec"]
 
 
-def container(objects: Objects, name: str = "server") -> Any:
-    (found,) = [c for c in pod(objects)["containers"] if c["name"] == name]
+def container(objects: Objects) -> Any:
+    (found,) = [c for c in pod(objects)["containers"] if c["name"] == "server"]
     return found
 
 
@@ -67,7 +67,7 @@ BREAKAGES: dict[str, tuple[Callable[[Objects], Any], str]] = {
         "has no port web",
     ),
     "probe port": (lambda o: container(o)["readinessProbe"]["httpGet"].update(port="web"), "asks port web"),
-    "same port": (lambda o: container(o, "openai")["ports"][0].update(containerPort=8000), "have the same port"),
+    "same port": (lambda o: container(o)["ports"].append({"name": "x", "containerPort": 8000}), "have the same port"),
     "pool port": (
         lambda o: find(o, "InferencePool", "roundhouse")["spec"]["targetPorts"][0].update(number=7),
         "port 7",
@@ -113,7 +113,10 @@ BREAKAGES: dict[str, tuple[Callable[[Objects], Any], str]] = {
     "no preStop": (lambda o: container(o).pop("lifecycle"), "preStop waits 0 s"),
     "grace": (lambda o: pod(o).update(terminationGracePeriodSeconds=130), "but killed after 130 s"),
     "long drain": (lambda o: set_argument(o, "--drain-seconds", "--drain-seconds=300"), "to drain and end"),
-    "front door leaves first": (lambda o: container(o, "openai").pop("lifecycle"), "15 s before the server"),
+    "a container beside that leaves first": (
+        lambda o: pod(o)["containers"].append({**container(o), "name": "beside", "lifecycle": {}}),
+        "15 s before the server",
+    ),
     "GPU request": (
         lambda o: container(o)["resources"]["requests"].update({"nvidia.com/gpu": "1"}),
         "are not limits",

@@ -7,13 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from roundhouse.deployment import Deployment, DeploymentError, TensorrtLlmEngine
+from roundhouse.deployment import Deployment, DeploymentError, OpenAi, TensorrtLlmEngine
+from roundhouse.trtllm.engine_folder import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[3]
 IN_IMAGE = "/opt/roundhouse"  # where the image keeps the repository, and so the shipped models
 MODELS = "/models"
 ENGINES = "/engines"
-TRTLLM_VERSION = "1.2.1"  # of the image that build/ is pinned to
+API_KEYS = "/api-keys"
+TLS = "/tls"
 
 
 def mounted(deployment: Deployment, trtllm_version: str) -> Deployment:
@@ -28,14 +30,28 @@ def mounted(deployment: Deployment, trtllm_version: str) -> Deployment:
         "model": model.model_copy(update={key: inside[key] for key in ("path", "tokenizer")}),
     }
     if isinstance(deployment.engine, TensorrtLlmEngine):
-        path = engine_path(deployment, model.path, trtllm_version)
-        update["engine"] = deployment.engine.model_copy(update={"path": path})
+        compiled = {"path": engine_path(deployment, model.path, trtllm_version)}
+        if Path(deployment.engine.calibration).is_absolute():  # a folder: it lies beside the models
+            compiled["calibration"] = model_path(deployment.engine.calibration)
+        update["engine"] = deployment.engine.model_copy(update=compiled)
     if speculative is not None:
         drafts = {"draft_model": inside["draft_model"]}
         if speculative.draft_engine is not None:
             drafts["draft_engine"] = engine_path(deployment, speculative.draft_model, trtllm_version) + "-draft"
         update["speculative"] = speculative.model_copy(update=drafts)
+    if deployment.openai is not None:
+        update["openai"] = _with_secrets(deployment.openai)
     return deployment.model_copy(update=update)
+
+
+def _with_secrets(section: OpenAi) -> OpenAi:
+    """The files of the OpenAI front door come from Secrets."""
+    update = {}
+    if section.api_key_file is not None:
+        update["api_key_file"] = f"{API_KEYS}/keys"
+    if section.tls_certificate is not None:
+        update |= {"tls_certificate": f"{TLS}/tls.crt", "tls_key": f"{TLS}/tls.key"}
+    return section.model_copy(update=update)
 
 
 def model_path(path: str) -> str:
@@ -46,12 +62,12 @@ def model_path(path: str) -> str:
     return f"{MODELS}/{resolved.name}"
 
 
-def on_volume(inside: Deployment) -> bool:
-    """Whether a deployment with a pod's paths reads models from the volume."""
-    paths = [inside.model.path, inside.model.tokenizer or ""]
+def models_on_volume(inside: Deployment) -> set[str]:
+    """The model folders that a deployment with a pod's paths reads from the volume."""
+    paths = {inside.model.path, inside.model.tokenizer or inside.model.path}
     if inside.speculative is not None:
-        paths.append(inside.speculative.draft_model)
-    return any(path.startswith(f"{MODELS}/") for path in paths)
+        paths.add(inside.speculative.draft_model)
+    return {path for path in paths if path.startswith(f"{MODELS}/")}
 
 
 def engine_path(deployment: Deployment, model: str, trtllm_version: str) -> str:
@@ -77,6 +93,11 @@ def engine_path(deployment: Deployment, model: str, trtllm_version: str) -> str:
         hashlib.sha256(repr(shape).encode()).hexdigest()[:8],
     ]
     return f"{ENGINES}/" + re.sub(r"[^a-z0-9./-]+", "-", "/".join(parts).lower())
+
+
+def manifests(inside: Deployment) -> list[str]:
+    """The files that `roundhouse build` writes last, one in each engine's folder."""
+    return [f"{engine}/{MANIFEST}" for engine in engine_paths(inside)]
 
 
 def engine_paths(inside: Deployment) -> list[str]:

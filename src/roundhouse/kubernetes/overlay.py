@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from roundhouse.deployment import Deployment, DeploymentError
+from roundhouse.deployment import Deployment, DeploymentError, OpenAi
 from roundhouse.kubernetes import mounts, sizes
+from roundhouse.trtllm.commands import TENSORRT_LLM
 
 SHIPPED = mounts.ROOT / "k8s"
 LOCAL_IMAGE = "roundhouse:local"  # built on the machine of a cluster for trying out
@@ -30,11 +31,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "vllm-comparison": (),
     "load-test": (),
 }
-# Components that run an image of somebody else's -> its name in the manifests, the option that gives it.
-FOREIGN_IMAGES = {
+# Components that run another image -> its name in the manifests, the option that gives it.
+OTHER_IMAGES = {
+    "load-test": ("roundhouse-load-test", "--load-test-image"),
     "vllm-comparison": ("vllm", "--vllm-image"),
     "inference-gateway": ("endpoint-picker", "--endpoint-picker-image"),
 }
+CONFIGURATION = ("deployment.yaml",)  # files that become ConfigMaps
 ENGINE_BUILD = "batch/v1", "Job", "roundhouse-engine-build"
 SERVER = "apps/v1", "Deployment", "roundhouse"
 Patch = dict[str, Any]
@@ -71,9 +74,13 @@ class Overlay:
             "apiVersion": "kustomize.config.k8s.io/v1beta1",
             "kind": "Kustomization",
             "namespace": self.namespace,
-            "resources": [f"{base}/{name}" if name == "base" else name for name in self.resources],
+            "resources": [name if name in self.files else f"{base}/{name}" for name in self.resources],
             "components": [f"{base}/components/{name}" for name in self.components],
-            "configMapGenerator": [{"name": "roundhouse-deployment", "files": ["deployment.yaml"]}],
+            "configMapGenerator": [
+                {"name": f"roundhouse-{Path(name).stem}", "files": [name]}
+                for name in CONFIGURATION
+                if name in self.files
+            ],
             "patches": self.patches,
             "images": self.images,
         }
@@ -87,29 +94,33 @@ def render(
     target: Path,
     *,
     image: str,
-    foreign_images: Mapping[str, str] | None = None,
-    trtllm_version: str = mounts.TRTLLM_VERSION,
+    other_images: Mapping[str, str] | None = None,
+    trtllm_version: str = TENSORRT_LLM,
     namespace: str = "roundhouse",
     components: tuple[str, ...] = (),
+    downloads: tuple[str, ...] = (),
     k8s: Path = SHIPPED,
 ) -> None:
     """Write an overlay over `k8s/base` into the folder `target`, which must not exist.
 
-    `image`: NAME@sha256:DIGEST, or roundhouse:local. `foreign_images`: component -> NAME@sha256:DIGEST.
+    `image`: NAME@sha256:DIGEST, or roundhouse:local. `other_images`: component -> NAME@sha256:DIGEST.
     `trtllm_version`: of the image; it is part of the engine's folder, since an engine runs with no other.
+    `downloads`: repositories on Hugging Face, OWNER/NAME, that a Job in `target`/model-download is to fetch.
     Raises DeploymentError, naming the option, for what cannot be rendered, and FileExistsError.
     """
-    chosen = _chosen(components)
+    chosen = _chosen(components if deployment.openai is None else (*components, "openai"))
+    if "openai" in chosen and deployment.openai is None:
+        deployment = deployment.model_copy(update={"openai": OpenAi()})
     inside = mounts.mounted(deployment, trtllm_version)
     text = _yaml(inside.model_dump(exclude_none=True, exclude_defaults=True))
-    images = [_image("roundhouse", image, "--image"), *_foreign(chosen, foreign_images or {})]
+    images = [_image("roundhouse", image, "--image"), *_others(chosen, _with_locust(image, chosen, other_images or {}))]
     overlay = Overlay(namespace, images, ["base"], [*_implied(inside), *(c for c in chosen if c != "load-test")])
     overlay.files["deployment.yaml"] = text
-    overlay.patch("server.yaml", _server(inside, sizes.weight_bytes(Path(deployment.model.path))))
+    overlay.patch("server.yaml", _server(inside, Path(deployment.model.path)))
     if mounts.engine_paths(inside):
         _engine_build(overlay, inside, text + image)
-    if "openai" in chosen and mounts.on_volume(inside):
-        overlay.patch("openai.yaml", _pod(*SERVER, {"containers": [_models("openai")]}))
+    if inside.openai is not None and (secrets := _secrets(inside.openai)):
+        overlay.patch("secrets.yaml", _pod(*SERVER, secrets))
     if "image-prepull" in chosen and inside.gpu is not None:
         overlay.patch("image.yaml", _pod("apps/v1", "DaemonSet", "roundhouse-image", _affinity(inside)))
     if "monitoring" in chosen and inside.slo is not None:
@@ -118,9 +129,12 @@ def render(
         _keda_namespace(overlay, k8s, namespace)
     if "vllm-comparison" in chosen:
         _vllm(overlay, inside)
+    download = _model_download(inside, namespace, images[:1], downloads) if downloads else None
     overlay.write(target, k8s)
+    if download is not None:
+        download.write(target / "model-download", k8s)
     if "load-test" in chosen:
-        _load_test(inside, namespace, images[:1], text).write(target / "load-test", k8s)
+        _load_test(inside, namespace, images, text).write(target / "load-test", k8s)
 
 
 def _chosen(components: tuple[str, ...]) -> list[str]:
@@ -137,7 +151,7 @@ def _chosen(components: tuple[str, ...]) -> list[str]:
 def _implied(inside: Deployment) -> list[str]:
     """The components that a deployment needs whatever is chosen."""
     needs = {
-        "models": mounts.on_volume(inside),
+        "models": bool(mounts.models_on_volume(inside)),
         "gpu": inside.gpu is not None,
         "engine-build": bool(mounts.engine_paths(inside)),
         "tensor-parallel": inside.gpu is not None and inside.gpu.tensor_parallel > 1,
@@ -154,9 +168,14 @@ def _image(name: str, image: str, option: str) -> dict[str, str]:
     return {"name": name, "newName": match[1], "digest": match[2]}
 
 
-def _foreign(chosen: list[str], images: Mapping[str, str]) -> list[dict[str, str]]:
+def _with_locust(image: str, chosen: list[str], images: Mapping[str, str]) -> Mapping[str, str]:
+    """The image that one builds for trying out has Locust, those for GPUs do not."""
+    return {"load-test": image, **images} if image == LOCAL_IMAGE and "load-test" in chosen else images
+
+
+def _others(chosen: list[str], images: Mapping[str, str]) -> list[dict[str, str]]:
     entries = []
-    for component, (name, option) in FOREIGN_IMAGES.items():
+    for component, (name, option) in OTHER_IMAGES.items():
         if component in chosen and component not in images:
             raise DeploymentError(f"{option}: missing; --with {component} runs it; say NAME@sha256:DIGEST")
         if component not in chosen and component in images:
@@ -166,15 +185,14 @@ def _foreign(chosen: list[str], images: Mapping[str, str]) -> list[dict[str, str
     return entries
 
 
-def _server(inside: Deployment, weights: int) -> dict[str, Any]:
+def _server(inside: Deployment, model: Path) -> dict[str, Any]:
     """The patch of the server's Deployment."""
     pod: dict[str, Any] = {
         **_affinity(inside),
-        "containers": [{"name": "server", "resources": sizes.server(inside, weights)}],
+        "containers": [{"name": "server", "resources": sizes.server(inside, model)}],
         "volumes": [_shm(inside)],
     }
-    if engines := mounts.engine_paths(inside):
-        manifests = " ".join(f"{engine}/manifest.json" for engine in engines)
+    if manifests := " ".join(mounts.manifests(inside)):
         pod["initContainers"] = [{"name": "wait-for-engine", "env": [{"name": "MANIFESTS", "value": manifests}]}]
     return _pod(*SERVER, pod)
 
@@ -186,6 +204,22 @@ def _engine_build(overlay: Overlay, inside: Deployment, inputs: str) -> None:
     overlay.patch("engine-build.yaml", _pod(*ENGINE_BUILD, pod))
     name = f"{ENGINE_BUILD[2]}-{hashlib.sha256(inputs.encode()).hexdigest()[:8]}"
     overlay.change("Job", ENGINE_BUILD[2], {"op": "replace", "path": "/metadata/name", "value": name})
+
+
+def _secrets(section: OpenAi) -> dict[str, Any]:
+    """The Secrets that the front door reads, in its pod; over TLS its probe speaks HTTPS."""
+    container: dict[str, Any] = {"name": "server", "volumeMounts": []}
+    volumes = []
+    for name, folder, wanted in (
+        ("api-keys", mounts.API_KEYS, section.api_key_file),
+        ("tls", mounts.TLS, section.tls_key),
+    ):
+        if wanted is not None:
+            container["volumeMounts"].append({"name": name, "mountPath": folder, "readOnly": True})
+            volumes.append({"name": name, "secret": {"secretName": f"roundhouse-{name}"}})
+    if section.tls_key is not None:
+        container["readinessProbe"] = {"httpGet": {"scheme": "HTTPS"}}
+    return {"containers": [container], "volumes": volumes} if volumes else {}
 
 
 def _slo_rules(inside: Deployment, namespace: str) -> dict[str, Any]:
@@ -229,7 +263,7 @@ def _keda_namespace(overlay: Overlay, k8s: Path, namespace: str) -> None:
 
 def _vllm(overlay: Overlay, inside: Deployment) -> None:
     """What differs between models in the arguments of the comparison server."""
-    if inside.gpu is None or not mounts.on_volume(inside):
+    if inside.gpu is None or not mounts.models_on_volume(inside):
         raise DeploymentError("--with vllm-comparison: for deployments with `gpu` and a model outside of the image")
     arguments = [f"--tensor-parallel-size={inside.gpu.tensor_parallel}"]
     if inside.limits.max_seq_len is not None:
@@ -244,18 +278,34 @@ def _vllm(overlay: Overlay, inside: Deployment) -> None:
     container = {
         "name": "vllm",
         "env": [{"name": "MODEL", "value": inside.model.path}],
-        "resources": sizes.server(inside, 0),
+        "resources": sizes.server(inside, Path(inside.model.path)),
     }
     overlay.patch("vllm.yaml", _pod("apps/v1", "Deployment", "vllm", {**_affinity(inside), "containers": [container]}))
     path = "/spec/template/spec/containers/0/args/-"
     overlay.change("Deployment", "vllm", *({"op": "add", "path": path, "value": value} for value in arguments))
 
 
+def _model_download(
+    inside: Deployment, namespace: str, images: list[dict[str, str]], repositories: tuple[str, ...]
+) -> Overlay:
+    """A kustomization of its own, for checkpoints must be there before the rest makes sense."""
+    wanted = mounts.models_on_volume(inside)
+    for repository in repositories:
+        if mounts.model_path(repository) not in wanted:
+            names = ", ".join(sorted(Path(path).name for path in wanted)) or "none"
+            raise DeploymentError(f"--download {repository}: the deployment reads no such model (it reads: {names})")
+    overlay = Overlay(namespace, images, ["base/namespace", "components/models/volume"], ["model-download"])
+    variable = {"name": "REPOSITORIES", "value": " ".join(repositories)}
+    pod = {"containers": [{"name": "download", "env": [variable]}]}
+    overlay.patch("download.yaml", _pod("batch/v1", "Job", "roundhouse-model-download", pod))
+    return overlay
+
+
 def _load_test(inside: Deployment, namespace: str, images: list[dict[str, str]], text: str) -> Overlay:
     """A kustomization of its own: it runs when it is applied, not whenever the server is."""
     overlay = Overlay(namespace, images, [], ["load-test"])
     overlay.files["deployment.yaml"] = text
-    if mounts.on_volume(inside):
+    if mounts.models_on_volume(inside):
         claim = {"name": "models", "persistentVolumeClaim": {"claimName": "roundhouse-models", "readOnly": True}}
         pod = {"containers": [_models("locust")], "volumes": [claim]}
         overlay.patch("models.yaml", _pod("batch/v1", "Job", "roundhouse-load-test", pod))

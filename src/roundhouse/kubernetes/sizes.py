@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from roundhouse.deployment import Deployment
+from roundhouse.plan import PlanError, Shape
 
 MIB = 2**20
 GIB = 2**30
 SHM_PER_INSTANCE = 64 * MIB  # of a Python model: 16 MiB to begin with (serve.py), and room to grow
 SHM_PER_RANK = GIB  # for the collectives of each further GPU; assumed, not measured
 CPU_CORES = 2
-CPU_MEMORY = 4 * GIB  # of a pod without GPU, beside its weights; local-cpu took 2.0 GiB under load (tests/k8s)
+CPU_MEMORY = 2 * GIB  # of a pod without GPU, beside model and KV cache; local-cpu took 0.9 GiB (tests/k8s/test_pod.py)
+DEFAULT_SEQ_LEN = 8192  # where a deployment does not say: the model's own may be much more
+OPENAI_WORKER = (
+    256 * MIB
+)  # of the front door; they took 40 MiB (tests/k8s/test_pod.py), long chats and logs not counted
 GPU_CORES = 8  # for each GPU: fronts, tokenizers, the engine's host side; assumed, not measured
 GPU_MEMORY = 64 * GIB  # for each GPU: an engine is read through the host's memory; assumed, not measured
 BUILD_MEMORY = 96 * GIB  # for each GPU: quantising holds a 16-bit checkpoint in the host; assumed, not measured
@@ -32,11 +37,13 @@ def pod_gpus(deployment: Deployment) -> int:
     return deployment.gpu.count if deployment.gpu is not None else 0
 
 
-def server(deployment: Deployment, weights: int) -> dict[str, Any]:
-    """`resources` of the server's container. `weights`: bytes of the model's files, as far as they are at hand."""
+def server(deployment: Deployment, model: Path) -> dict[str, Any]:
+    """`resources` of the server's container. `model`: its folder on this machine, where it may be missing."""
     beside = shm_bytes(deployment) + deployment.kv_cache.host_memory_bytes
+    if deployment.openai is not None:
+        beside += deployment.openai.workers * OPENAI_WORKER
     if deployment.gpu is None:
-        return _resources(CPU_CORES, CPU_MEMORY + 2 * weights + beside, {})  # bfloat16 files, float32 in memory
+        return _resources(CPU_CORES, CPU_MEMORY + _model_bytes(deployment, model) + beside, {})
     gpus = pod_gpus(deployment)
     return _resources(GPU_CORES * gpus, GPU_MEMORY * gpus + beside, {"nvidia.com/gpu": gpus})
 
@@ -45,11 +52,6 @@ def build(deployment: Deployment) -> dict[str, Any]:
     """`resources` of the container that compiles the engine: the server's GPUs."""
     gpus = pod_gpus(deployment)
     return _resources(GPU_CORES * gpus, BUILD_MEMORY * gpus + shm_bytes(deployment), {"nvidia.com/gpu": gpus})
-
-
-def weight_bytes(model: Path) -> int:
-    """Bytes of a checkpoint's weights on this machine; 0 if it is not here."""
-    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
 
 def quantity(size: int) -> str:
@@ -61,3 +63,15 @@ def _resources(cores: int, memory: int, devices: Mapping[str, int]) -> dict[str,
     """Requests are limits, but for the CPU: throttling would show as gaps between tokens."""
     fixed = {"memory": quantity(memory), **{name: str(count) for name, count in devices.items()}}
     return {"requests": {"cpu": str(cores), **fixed}, "limits": fixed}
+
+
+def _model_bytes(deployment: Deployment, model: Path) -> int:
+    """Host memory of the embedded engine's weights and KV cache, both in float32; 0 if the model is not here."""
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    try:
+        kv_per_token = Shape.read(model).kv_bytes_per_token("float32")
+    except PlanError:
+        return 2 * weights
+    limits = deployment.limits
+    tokens = deployment.kv_cache.tokens or limits.max_batch_size * (limits.max_seq_len or DEFAULT_SEQ_LEN)
+    return 2 * weights + tokens * kv_per_token
