@@ -37,7 +37,7 @@ PASSAGE_SECONDS = 0.1  # after which a chunk that was not passed on holds up no 
 LOST_SECONDS = 1.5  # a chunk that postprocessing did not get, while it got later ones of others
 SILENT_SECONDS = 2.2  # the same, when there were none of others
 CHECKS_PER_SECOND = 400  # questions to Triton whether a client is still there; each costs about 0.1 ms
-CHECK_SECONDS = 0.2  # no client is asked for more often
+CHECK_SECONDS = 0.4  # no client is asked for more often
 
 
 CANCELLED = Error(ErrorCode.CANCELLED, "the client has cancelled the request")

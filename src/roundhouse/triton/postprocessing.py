@@ -24,7 +24,8 @@ from roundhouse.triton.fields import Array, refuse
 from roundhouse.triton.mailbox import Gone, Passed, Post
 from roundhouse.triton.model import Settings
 
-ASK_SECONDS = 0.3
+ASK_SECONDS = 0.3  # no stream is asked for more often,
+ASKS_PER_SECOND = 100  # and all together no more often than this
 MAX_ASKED = 10_000  # streams; those whose last chunk never came are forgotten beyond it
 
 
@@ -34,6 +35,7 @@ class TritonPythonModel:
         self._detokenizer = Detokenizer(settings.tokenizer(), settings.flag("skip_special_tokens"))
         self._post = Post(runtime_dir(os.getppid()))
         self._asked: dict[tuple[int, int], float] = {}  # front and stream -> when Triton was asked for its client
+        self._next_ask = 0.0
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
@@ -56,12 +58,17 @@ class TritonPythonModel:
             return backend.refusal(Error(ErrorCode.INTERNAL, f"unexpected error: {error}"))
 
     def _tell_front(self, request: Any, number: int, stream: int, index: int, last: int) -> None:
-        """That the chunk is here; and now and then, since asking costs 0.05 ms, whether the client is gone."""
+        """That the chunk is here; and now and then, whether the client is gone.
+
+        Asking takes as long as an answer: with 256 streams, each every 0.3 s, half of the time of this process went
+        there. The front notices those that are not asked for by their silence.
+        """
         self._post.send(number, Passed(stream, index))
         now = time.monotonic()
         if last:
             self._asked.pop((number, stream), None)
-        elif now - self._asked.get((number, stream), 0.0) > ASK_SECONDS:
+        elif now >= self._next_ask and now - self._asked.get((number, stream), 0.0) > ASK_SECONDS:
+            self._next_ask = now + 1 / ASKS_PER_SECOND
             if len(self._asked) > MAX_ASKED:
                 self._asked.clear()
             self._asked[number, stream] = now
