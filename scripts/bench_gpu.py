@@ -4,13 +4,14 @@
     scripts/bench_gpu.py --precision fp8 --targets raw,vllm-4,roundhouse --streams 1,64,256,512
 
 Targets: `raw` (vLLM's engine core stepped without a server), `vllm-1` and `vllm-4` (`vllm serve` with so many API
-servers), `vllm-rust` (its Rust front end), `roundhouse` (`tensorrt_llm_bls` and `ensemble` of one server). All of them
-get the same model (Llama-3-8B shape, random weights, a tokenizer of 128,256 entries that this script makes), the same
-engine settings, prompts of 512 tokens and answers of 256, sampled at temperature 1. All streams start at once, and each
-sends its next request when it has its answer. Clients are processes of their own on the same machine.
+servers), `vllm-rust` (its Rust front end), `roundhouse` (`tensorrt_llm_bls`, `ensemble` and the OpenAI-compatible door
+of one server). All of them get the same model (Llama-3-8B shape, random weights, a tokenizer of 128,256 entries that
+this script makes), the same engine settings, prompts of 512 tokens and answers of 256, sampled at temperature 1. All
+streams start at once, and each sends its next request when it has its answer. Clients are processes of their own on the
+same machine.
 
 ROUNDHOUSE_ENGINE_PYTHON names the interpreter that has vLLM (default: this one). Writes
-docs/benchmarks/gpu-PRECISION.json (targets that were not asked for keep their figures) and a plot.
+docs/benchmarks/gpu-PRECISION.json (what was not asked for keeps its figures) and a plot.
 """
 
 from __future__ import annotations
@@ -407,12 +408,12 @@ def target_roundhouse(model: Path, prompts: Prompts, args: argparse.Namespace) -
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "deployment.yaml"
         path.write_text(yaml.safe_dump(deployment(model, args)))
-        http, grpc, metrics = (free_port() for _ in range(3))
+        http, grpc, metrics, openai = (free_port() for _ in range(4))
         command = [sys.executable, "-m", "roundhouse.cli", "serve", str(path), "--http-port", str(http)]
-        command += ["--grpc-port", str(grpc), "--metrics-port", str(metrics)]
-        url = f"http://127.0.0.1:{http}/v2/health/ready"
-        with started(command, url, args.logs / "roundhouse.log", dict(os.environ)) as process:
-            return {name: measure("grpc", f"127.0.0.1:{grpc}", name, process, prompts, args) for name in MODELS}
+        command += ["--grpc-port", str(grpc), "--metrics-port", str(metrics), "--openai-port", str(openai)]
+        with started(command, f"http://127.0.0.1:{openai}/ready", args.logs / "roundhouse.log") as process:
+            points = {name: measure("grpc", f"127.0.0.1:{grpc}", name, process, prompts, args) for name in MODELS}
+            return points | {"openai": measure("sse", f"127.0.0.1:{openai}", "openai", process, prompts, args)}
 
 
 def deployment(model: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -428,11 +429,14 @@ def deployment(model: Path, args: argparse.Namespace) -> dict[str, Any]:
         "kv_cache": {"tokens_per_block": 16},
         "scheduling": {"policy": "max_utilization"},
         "fronts": {**FRONTS, "responses_per_second": args.responses_per_second},
+        "openai": {"workers": 4, "models": ["openai"], "access_log": False},
     }
 
 
 @contextmanager
-def started(command: list[str], url: str, log: Path, environment: dict[str, str]) -> Iterator[psutil.Process]:
+def started(
+    command: list[str], url: str, log: Path, environment: dict[str, str] | None = None
+) -> Iterator[psutil.Process]:
     """A server that is ready; it and all that it started ends with the block."""
     print(f"{time.strftime('%H:%M:%S')} starting {' '.join(command)}", flush=True)
     with log.open("w") as output:
@@ -513,14 +517,16 @@ def main() -> None:
         try:
             match name:
                 case "raw":
-                    result["targets"] |= target_raw(args.model, args)
+                    measured = target_raw(args.model, args)
                 case "roundhouse":
-                    result["targets"] |= target_roundhouse(args.model, prompts, args)
+                    measured = target_roundhouse(args.model, prompts, args)
                 case _:
-                    result["targets"] |= target_vllm(args.model, prompts, args, name)
+                    measured = target_vllm(args.model, prompts, args, name)
         except (Exception, SystemExit) as error:  # one target's failure costs no other its figures
             print(f"{name} failed: {error!r}", flush=True)
             continue
+        for target, points in measured.items():
+            result["targets"].setdefault(target, {}).update(points)
         path.write_text(json.dumps(result, indent=1) + "\n")
     if result["targets"]:
         with suppress(ImportError):  # a GPU host without matplotlib keeps the JSON; --targets '' draws it elsewhere
