@@ -46,6 +46,7 @@ class Door:
         model = deployment.model
         self.deployment = deployment
         self.tokenizer = Tokenizer.load(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code)
+        chat.warm_up(self.tokenizer)
         self.detokenizer = Detokenizer(self.tokenizer)
         self.token_texts = Detokenizer(self.tokenizer, skip_special_tokens=False)
         self.models = deployment.openai_section.models or [Path(model.path).name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from roundhouse.engine.protocol import EngineInfo, Feature, Guide
@@ -44,6 +45,12 @@ def render(
     except Exception as error:  # whatever the expressions of a template raise on messages that it did not expect
         message = f"the model's chat template cannot render these messages: {error}"
         raise ApiError(TEMPLATE_REFUSES, message, param="messages", code="template_refused") from None
+
+
+def warm_up(tokenizer: Tokenizer) -> None:
+    """Load what rendering needs, so that the first chat does not wait for it: a second or two."""
+    with suppress(ApiError):
+        render([Message(role="user", content="")], tokenizer, "")
 
 
 def plain(message: Message) -> dict[str, Any]:
