@@ -307,6 +307,18 @@ def test_log_probs_only_for_those_who_ask(engine: Engine) -> None:
     assert all(output.log_probs is None for output in answers[2].outputs)
 
 
+def test_top_log_probs_begin_with_the_greedy_choice(engine: Engine) -> None:
+    needs(engine, Feature.TOP_LOG_PROBS)
+    answers = run(engine, request(1, log_probs=True, top_log_probs=4), request(2, log_probs=True))
+    tops = [top for output in answers[1].outputs for top in output.top_log_probs or ()]
+    assert [top[0][0] for top in tops] == answers[1].tokens
+    assert [top[0][1] for top in tops] == pytest.approx(answers[1].log_probs, abs=1e-3)
+    for top in tops:
+        assert len({token for token, _ in top}) == 4
+        assert [value for _, value in top] == sorted((value for _, value in top), reverse=True)
+    assert all(output.top_log_probs is None for output in answers[2].outputs)
+
+
 def test_log_probs_do_not_change_the_answer(engine: Engine) -> None:
     needs(engine, Feature.LOG_PROBS)
     assert run_one(engine, request(1, log_probs=True)).tokens == run_one(engine, request(1)).tokens
@@ -503,6 +515,7 @@ ASKS = {
     Feature.MIN_TOKENS: {"sampling": Sampling(min_tokens=2)},
     Feature.SEED: {"sampling": Sampling(seed=2)},
     Feature.LOG_PROBS: {"log_probs": True},
+    Feature.TOP_LOG_PROBS: {"log_probs": True, "top_log_probs": 3},
     Feature.BAD_WORDS: {"sampling": Sampling(bad_words=((3,),))},
     Feature.LOGIT_BIAS: {"sampling": Sampling(logit_bias={3: 1.0})},
     Feature.PRIORITY: {"priority": 1},

@@ -80,7 +80,8 @@ def reference(model: Path, tokens: tuple[int, ...], count: int) -> tuple[list[in
 def test_greedy_answers_and_log_probs_are_those_of_generate(model: Path, fused: bool) -> None:
     engine = EmbeddedEngine(EmbeddedConfig(model=model, max_batch_size=4, max_num_tokens=50, fused=fused))
     requests = [
-        request(i, prompt=prompt(i, length), max_tokens=40, log_probs=True) for i, length in enumerate((1, 31, 90))
+        request(i, prompt=prompt(i, length), max_tokens=40, log_probs=True, top_log_probs=3)
+        for i, length in enumerate((1, 31, 90))
     ]
     answers = run(engine, *requests)
     for each in requests:
@@ -90,6 +91,10 @@ def test_greedy_answers_and_log_probs_are_those_of_generate(model: Path, fused: 
         same = next((i for i in range(40) if answers[each.id].tokens[i] != tokens[i]), 40)
         assert same == 40 or margins[same] < 1e-3, f"differs at {same} with margin {margins[same]}"
         assert np.allclose(answers[each.id].log_probs[:same], log_probs[np.arange(same), tokens[:same]], atol=2e-3)
+        tops = [top for output in answers[each.id].outputs for top in output.top_log_probs or ()]
+        for row, top in zip(log_probs[:same], tops, strict=False):
+            assert np.allclose([value for _, value in top], np.sort(row)[:-4:-1], atol=2e-3)
+            assert np.allclose([value for _, value in top], row[[token for token, _ in top]], atol=2e-3)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "generic"])

@@ -34,7 +34,8 @@ def steps(ids: list[int], sizes: list[int]) -> list[Output]:
     for size in sizes:
         part = ids[at : at + size]
         at += size
-        outputs.append(Output(id=1, tokens=part, log_probs=[-0.5] * len(part)))
+        top = [[(token, -0.5), (7, -1.0)] for token in part]
+        outputs.append(Output(id=1, tokens=part, log_probs=[-0.5] * len(part), top_log_probs=top))
         if at >= len(ids):
             break
     last = Output(id=1, tokens=[], finish_reason=FinishReason.LENGTH, perf=Perf(reused_tokens=2))
@@ -138,6 +139,8 @@ def test_chat_events_begin_with_the_role() -> None:
     assert "".join(delta.get("content", "") for delta in deltas) == TOKENIZER.decode(IDS)
     told = [entry for chunk in chunks for entry in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]]
     assert bytes(byte for entry in told for byte in entry["bytes"]).decode() == TOKENIZER.decode(IDS)
+    assert [entry["top_logprobs"][0]["token"] for entry in told] == [entry["token"] for entry in told]
+    assert {entry["top_logprobs"][1]["logprob"] for entry in told} == {-1.0}
     assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
     assert "usage" not in chunks[-1]
 

@@ -122,7 +122,6 @@ def test_a_special_token_stops_by_its_id(tokenizer: Tokenizer) -> None:
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
         ({"echo": True, "logprobs": 0}, "logprobs"),
-        ({"logprobs": 2}, "logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"logit_bias": {"word": 1}}, "logit_bias"),
         ({"logit_bias": {"5000": 1}}, "logit_bias"),
@@ -238,5 +237,7 @@ def test_tools_become_guides(tokenizer: Tokenizer) -> None:
 
 def test_top_logprobs_need_logprobs(tokenizer: Tokenizer) -> None:
     refused(400, "top_logprobs", chatted, tokenizer, top_logprobs=0)
-    refused(400, "top_logprobs", chatted, tokenizer, logprobs=True, top_logprobs=2)
-    assert chatted(tokenizer, logprobs=True, top_logprobs=0).requests[0].log_probs
+    request = chatted(tokenizer, logprobs=True, top_logprobs=2).requests[0]
+    assert (request.log_probs, request.top_log_probs) == (True, 2)
+    request = completion(tokenizer, logprobs=3).requests[0]
+    assert (request.log_probs, request.top_log_probs) == (True, 3)

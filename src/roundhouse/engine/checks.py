@@ -9,6 +9,7 @@ from roundhouse.engine.base import RequestError
 from roundhouse.engine.protocol import EngineInfo, ErrorCode, Feature, Request, Sampling
 
 MAX_SEED = 2**64 - 1
+MAX_TOP_LOG_PROBS = 20  # OpenAI's, and what vLLM allows unless told otherwise
 
 
 def check(request: Request, info: EngineInfo) -> None:
@@ -16,6 +17,7 @@ def check(request: Request, info: EngineInfo) -> None:
     _check_lengths(request, info)
     _check_ids("prompt", request.prompt, info)
     _check_sampling(request.sampling, info)
+    _check_top_log_probs(request)
     for feature in _needs(request):
         if feature in info.lacks:
             raise RequestError(ErrorCode.UNSUPPORTED, f"{feature.value}: {info.lacks[feature]}")
@@ -69,6 +71,13 @@ def _check_sampling(sampling: Sampling, info: EngineInfo) -> None:
         _check_number(f"logit_bias of token {token}", bias, True, "finite")
 
 
+def _check_top_log_probs(request: Request) -> None:
+    allowed = 0 <= request.top_log_probs <= MAX_TOP_LOG_PROBS
+    _check_number("top_log_probs", request.top_log_probs, allowed, f"0 to {MAX_TOP_LOG_PROBS}")
+    if request.top_log_probs and not request.log_probs:
+        _refuse("top_log_probs: needs log_probs")
+
+
 def _check_number(field: str, value: float, allowed: bool, rule: str) -> None:
     if not (math.isfinite(value) and allowed):
         _refuse(f"{field}: {value} is not allowed; it must be {rule}")
@@ -86,6 +95,7 @@ def _needs(request: Request) -> Iterable[Feature]:
         Feature.MIN_TOKENS: sampling.min_tokens > 0,
         Feature.SEED: sampling.seed is not None,
         Feature.LOG_PROBS: request.log_probs,
+        Feature.TOP_LOG_PROBS: request.top_log_probs > 0,
         Feature.BAD_WORDS: bool(sampling.bad_words),
         Feature.LOGIT_BIAS: bool(sampling.logit_bias),
         Feature.PRIORITY: request.priority != 0,

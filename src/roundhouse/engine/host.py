@@ -80,6 +80,9 @@ def merged(first: Output, second: Output) -> Output:
     log_probs = first.log_probs
     if second.log_probs is not None:
         log_probs = [*(log_probs or ()), *second.log_probs]
+    top = first.top_log_probs
+    if second.top_log_probs is not None:
+        top = [*(top or ()), *second.top_log_probs]
     return Output(
         id=first.id,
         tokens=first.tokens + second.tokens,
@@ -87,6 +90,7 @@ def merged(first: Output, second: Output) -> Output:
         finish_reason=second.finish_reason,
         perf=second.perf,
         error=second.error,
+        top_log_probs=top,
     )
 
 

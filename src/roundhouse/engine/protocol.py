@@ -12,7 +12,7 @@ from enum import StrEnum
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class ErrorCode(StrEnum):
@@ -47,6 +47,7 @@ class Feature(StrEnum):
     MIN_TOKENS = "min_tokens"
     SEED = "seed"
     LOG_PROBS = "log_probs"
+    TOP_LOG_PROBS = "top_log_probs"
     BAD_WORDS = "bad_words"
     LOGIT_BIAS = "logit_bias"
     PRIORITY = "priority"
@@ -108,6 +109,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
         max_tokens: new tokens at most, >= 1.
         end_ids: generation ends after one of these ids; the id itself is part of the output.
         log_probs: report the log probability of each generated token.
+        top_log_probs: report so many of the likeliest tokens beside each; needs log_probs.
         priority: higher is scheduled earlier; 0 is normal.
         cache_salt: prompts share KV blocks only within one salt.
         arrival_ns: when the front got it.
@@ -120,6 +122,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     end_ids: tuple[int, ...] = ()
     sampling: Sampling = Sampling()
     log_probs: bool = False
+    top_log_probs: int = 0
     priority: int = 0
     cache_salt: str = ""
     guide: Guide | None = None
@@ -150,7 +153,8 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     """What one sequence gained in one engine step.
 
     A sequence's last Output carries `finish_reason` and `perf`, or `error`; exactly one such Output ends each submitted
-    request, a cancelled one too. `log_probs` has one value a token (natural logarithm), or is None if not asked for.
+    request, a cancelled one too. `log_probs` has one value a token (natural logarithm), or is None if not asked for;
+    `top_log_probs` has a list a token, of token ids and values, likeliest first.
     """
 
     id: int
@@ -159,6 +163,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None = None
     perf: Perf | None = None
     error: Error | None = None
+    top_log_probs: list[list[tuple[int, float]]] | None = None
 
     @property
     def last(self) -> bool:

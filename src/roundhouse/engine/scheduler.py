@@ -241,11 +241,18 @@ class Scheduler:
             self.blocks.grow(table, sequence.computed + count)
             self.tables[sequence.slot, had : len(table.blocks)] = table.blocks[had:]
 
-    def advance(self, batch: Batch, tokens: list[int], log_probs: list[float] | None) -> list[Output]:
+    def advance(
+        self,
+        batch: Batch,
+        tokens: list[int],
+        log_probs: list[float] | None,
+        top: dict[int, list[tuple[int, float]]] | None = None,
+    ) -> list[Output]:
         """Record the step's new tokens, one for each of `batch.samples()`, and return the Outputs.
 
         A token of -1 means that none could be chosen: its request fails, the others go on.
-        `log_probs` has a value for each token, or is None if no request of the batch asked.
+        `log_probs` has a value for each token, or is None if no request of the batch asked. `top`: index of a token ->
+        the likeliest tokens in its place, where a request asked for them.
         """
         now = time.monotonic_ns()
         self._steps += 1
@@ -264,7 +271,8 @@ class Scheduler:
             if sequence.generated == 1:
                 sequence.first_token_ns = now
             given = [log_probs[i]] if log_probs is not None and sequence.request.log_probs else None
-            outputs.append(self._output(sequence, token, given))
+            alternatives = [top[i]] if top is not None and i in top else None
+            outputs.append(self._output(sequence, token, given, alternatives))
         self._generated_tokens += len(sampled)
         return outputs
 
@@ -275,16 +283,22 @@ class Scheduler:
         if sequence.computed >= (table.registered + 1) * self.blocks.block_size:
             self.blocks.register(table, sequence.tokens, sequence.computed)
 
-    def _output(self, sequence: Sequence, token: int, log_probs: list[float] | None) -> Output:
+    def _output(
+        self,
+        sequence: Sequence,
+        token: int,
+        log_probs: list[float] | None,
+        top: list[list[tuple[int, float]]] | None,
+    ) -> Output:
         request = sequence.request
         if token in request.end_ids and sequence.generated > request.sampling.min_tokens:
             reason = FinishReason.STOP
         elif sequence.generated >= request.max_tokens:
             reason = FinishReason.LENGTH
         else:
-            return Output(request.id, [token], log_probs)
+            return Output(request.id, [token], log_probs, top_log_probs=top)
         self._running.remove(sequence)
-        output = Output(request.id, [token], log_probs, reason, sequence.perf())
+        output = Output(request.id, [token], log_probs, reason, sequence.perf(), top_log_probs=top)
         self._forget(sequence)
         return output
 

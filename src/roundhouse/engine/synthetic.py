@@ -32,6 +32,7 @@ LACKS = {
     Feature.FREQUENCY_PENALTY: f"{_NOTHING}, so there is nothing to penalise; leave it at 0",
     Feature.BAD_WORDS: f"{_NOTHING}, so there is nothing to forbid; leave them out",
     Feature.LOGIT_BIAS: f"{_NOTHING}, so there is nothing to add to; leave it out",
+    Feature.TOP_LOG_PROBS: f"{_NOTHING}, so no other token has a probability",
     Feature.BEAM_SEARCH: f"{_NOTHING}, so there is nothing to search",
     Feature.GUIDED_DECODING: f"{_NOTHING}, so there is nothing to guide",
     Feature.LORA: "the synthetic engine has no weights to adapt",

@@ -19,11 +19,15 @@ from roundhouse.text.detokenize import Detokenizer
 
 @dataclass(slots=True)
 class Piece:
-    """What a choice sends at once. `log_probs` has a value for each of `tokens`, or none if they were not asked for."""
+    """What a choice sends at once.
+
+    `log_probs` and `top_log_probs` are as in `Output`, an entry for each of `tokens`, or empty if not asked for.
+    """
 
     text: str
     tokens: list[int]
     log_probs: list[float]
+    top_log_probs: list[list[tuple[int, float]]]
 
 
 class Choice:
@@ -41,6 +45,7 @@ class Choice:
         self._window: list[int] = []
         self._tokens: list[int] = []
         self._log_probs: list[float] = []
+        self._top_log_probs: list[list[tuple[int, float]]] = []
         self._stop_text = StopText(stops) if stops else None
         self._stopped = False  # a stop sequence ended it; what the engine still sends is dropped
         self._text = ""  # in which stop sequences have been looked for
@@ -63,6 +68,8 @@ class Choice:
         self.generated += len(tokens)
         if output.log_probs is not None:
             self._log_probs += output.log_probs[: len(tokens)]
+        if output.top_log_probs is not None:
+            self._top_log_probs += output.top_log_probs[: len(tokens)]
         if output.last:
             self.error, self.perf = output.error, output.perf
             self.finish_reason = FinishReason.STOP if self._stopped and output.error is None else output.finish_reason
@@ -72,15 +79,16 @@ class Choice:
         """All that has gathered."""
         tokens, self._tokens = self._tokens, []
         log_probs, self._log_probs = self._log_probs, []
+        top, self._top_log_probs = self._top_log_probs, []
         if self._stop_text is None:
             text = self._detokenizer.chunk_text(self._window, tokens, self.last)
             self._window = self._detokenizer.next_window(self._window, tokens)
-            return Piece(text, tokens, log_probs)
+            return Piece(text, tokens, log_probs, top)
         if self.last and not self._stopped:
             text, self._stopped = self._stop_text.feed(self._detokenizer.chunk_text(self._window, (), True))
             self._text += text + self._stop_text.rest()
         text, self._text = self._text, ""
-        return Piece(text, tokens, log_probs)
+        return Piece(text, tokens, log_probs, top)
 
     def _stop(self, stop_text: StopText, tokens: Sequence[int]) -> int | None:
         """Index of the token that completes a stop sequence; the texts up to it are kept for `piece`."""

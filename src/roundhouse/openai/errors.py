@@ -64,7 +64,7 @@ def of_engine(error: Error) -> ApiError:
 
 def _field(message: str) -> str | None:
     name = message.partition(":")[0].partition(" ")[0]
-    return name if name.isidentifier() else None
+    return name.replace("log_probs", "logprobs") if name.isidentifier() else None
 
 
 def of_validation(errors: Iterable[ErrorDetails] | Iterable[Mapping[str, Any]]) -> ApiError:

@@ -27,6 +27,10 @@ def event(body: Any) -> bytes:
     return b"data: %b\n\n" % encode(body)
 
 
+def finite(log_prob: float) -> float:
+    return max(log_prob, LOWEST_LOG_PROB)
+
+
 def usage(answer: Answer) -> dict[str, Any]:
     """Tokens so far. What was cached is known of sequences that have ended."""
     prompt, generated = answer.ask.prompt_tokens, sum(choice.generated for choice in answer.choices)
@@ -98,6 +102,9 @@ class Format(ABC):
         ]
         return encode({**self._head, "object": self.kind, "choices": choices, "usage": usage(answer)})
 
+    def token_text(self, token: int) -> str:
+        return self._tokens.token_bytes(token).decode(errors="replace")
+
     def finish_reason(self, choice: Choice) -> str | None:
         reason = choice.finish_reason
         if reason is None:
@@ -135,15 +142,18 @@ class CompletionFormat(Format):
         return self.chunk(answer, choice, piece, finish_reason)
 
     def _log_probs(self, index: int, piece: Piece) -> dict[str, Any]:
-        texts = [self._tokens.token_bytes(token).decode(errors="replace") for token in piece.tokens]
+        texts = [self.token_text(token) for token in piece.tokens]
         offsets = []
         for text in texts:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(text)
+        tops = [{self.token_text(token): finite(value) for token, value in top} for top in piece.top_log_probs]
+        for top, text, value in zip(tops, texts, piece.log_probs, strict=False):
+            top[text] = finite(value)  # the chosen one is always there, as with OpenAI
         return {
             "tokens": texts,
-            "token_logprobs": [max(value, LOWEST_LOG_PROB) for value in piece.log_probs],
-            "top_logprobs": None,
+            "token_logprobs": [finite(value) for value in piece.log_probs],
+            "top_logprobs": tops or None,
             "text_offset": offsets,
         }
 
@@ -177,14 +187,15 @@ class ChatFormat(Format):
         return {"index": choice.index, **content, "logprobs": log_probs, "finish_reason": finish_reason}
 
     def _log_probs(self, piece: Piece) -> list[dict[str, Any]]:
-        result = []
-        for token, value in zip(piece.tokens, piece.log_probs, strict=True):
-            raw = self._tokens.token_bytes(token)
-            text = raw.decode(errors="replace")
-            result.append(
-                {"token": text, "bytes": list(raw), "logprob": max(value, LOWEST_LOG_PROB), "top_logprobs": []}
-            )
-        return result
+        tops = piece.top_log_probs or [[] for _ in piece.tokens]
+        return [
+            {**self._log_prob(token, value), "top_logprobs": [self._log_prob(*one) for one in top]}
+            for token, value, top in zip(piece.tokens, piece.log_probs, tops, strict=True)
+        ]
+
+    def _log_prob(self, token: int, value: float) -> dict[str, Any]:
+        raw = self._tokens.token_bytes(token)
+        return {"token": self.token_text(token), "logprob": finite(value), "bytes": list(raw)}
 
 
 class ToolFormat(ChatFormat):

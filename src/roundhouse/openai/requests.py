@@ -10,7 +10,7 @@ import msgspec
 
 from roundhouse.engine import checks
 from roundhouse.engine.base import RequestError
-from roundhouse.engine.protocol import EngineInfo, Feature, Guide, Request, Sampling
+from roundhouse.engine.protocol import EngineInfo, Guide, Request, Sampling
 from roundhouse.openai.errors import ApiError, of_engine
 from roundhouse.openai.schema import Chat, Completion, Generate
 from roundhouse.text.tokenizer import Tokenizer
@@ -33,7 +33,6 @@ class Ask:
     Attributes:
         requests: one for each sample; their ids are 0. prompts: the prompt of each.
         stops: stop sequences that are looked for in the text.
-        top_log_probs: None is none at all.
     """
 
     requests: tuple[Request, ...]
@@ -59,7 +58,6 @@ def completion(body: Completion, tokenizer: Tokenizer, info: EngineInfo, max_pro
         raise ApiError(
             400, "'logprobs' of an echoed prompt are not offered: leave 'echo' or 'logprobs' out.", param="logprobs"
         )
-    _refuse_alternatives("logprobs", body.logprobs)
     prompts = completion_prompts(body, tokenizer, info, max_prompts)
     return _ask(
         body,
@@ -68,6 +66,7 @@ def completion(body: Completion, tokenizer: Tokenizer, info: EngineInfo, max_pro
         info,
         max_tokens=body.max_tokens or DEFAULT_COMPLETION_TOKENS,
         log_probs=body.logprobs is not None,
+        top_log_probs=body.logprobs or 0,
         echo=bool(body.echo),
     )
 
@@ -76,7 +75,6 @@ def chat(body: Chat, prompt: Sequence[int], guide: Guide | None, tokenizer: Toke
     """`prompt`: token ids of the rendered messages. Raises ApiError."""
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "'top_logprobs' is only allowed when 'logprobs' is enabled.", param="top_logprobs")
-    _refuse_alternatives("top_logprobs", body.top_logprobs)
     room = min(info.max_seq_len, info.max_blocks * info.tokens_per_block) - len(prompt)
     return _ask(
         body,
@@ -85,6 +83,7 @@ def chat(body: Chat, prompt: Sequence[int], guide: Guide | None, tokenizer: Toke
         info,
         max_tokens=body.max_completion_tokens or body.max_tokens or max(room, 1),
         log_probs=bool(body.logprobs),
+        top_log_probs=body.top_logprobs or 0,
         guide=guide,
     )
 
@@ -138,6 +137,7 @@ def _ask(
     *,
     max_tokens: int,
     log_probs: bool,
+    top_log_probs: int,
     echo: bool = False,
     guide: Guide | None = None,
 ) -> Ask:
@@ -153,6 +153,7 @@ def _ask(
         end_ids=ids if body.ignore_eos else (*tokenizer.end_ids, *ids),
         sampling=sampling(body),
         log_probs=log_probs,
+        top_log_probs=top_log_probs,
         priority=-(body.priority or 0),
         cache_salt=body.cache_salt or "",
         guide=guide,
@@ -217,19 +218,7 @@ def _check(request: Request, info: EngineInfo, param: str) -> None:
     if len(request.prompt) + request.max_tokens > info.max_seq_len:
         asked = f"{len(request.prompt)} tokens, and {request.max_tokens} more were asked for"
         raise too_long(param, asked, info)
-    if request.guide is not None and Feature.GUIDED_DECODING in info.lacks:
-        return  # refused where the field is known that asked for it
     try:
         checks.check(request, info)
     except RequestError as error:
         raise of_engine(error.as_error()) from None
-
-
-def _refuse_alternatives(param: str, count: int | None) -> None:
-    if count:
-        raise ApiError(
-            400,
-            f"'{param}' must be 0: the engine tells the log probability of the chosen token, not of others.",
-            param=param,
-            code="unsupported_value",
-        )

@@ -19,7 +19,7 @@ from roundhouse.engine.embedded.fused import FusedModel
 from roundhouse.engine.embedded.generic import GenericModel
 from roundhouse.engine.embedded.pool import Pool
 from roundhouse.engine.embedded.runner import Model, Runner
-from roundhouse.engine.embedded.sampler import Sampler
+from roundhouse.engine.embedded.sampler import Sampler, top_log_probs
 from roundhouse.engine.protocol import EngineInfo, Feature, Output, Request, Stats
 from roundhouse.engine.scheduler import Scheduler
 
@@ -109,8 +109,10 @@ class EmbeddedEngine(Engine):
         batch = self._scheduler.schedule()
         if batch:
             logits = self._runner.run(batch)
-            tokens, log_probs = self._sampler.choose(logits, list(batch.samples()))
-            outputs += self._scheduler.advance(batch, tokens, log_probs)
+            sequences = list(batch.samples())
+            top = top_log_probs(logits, sequences)
+            tokens, log_probs = self._sampler.choose(logits, sequences)
+            outputs += self._scheduler.advance(batch, tokens, log_probs, top)
         return outputs
 
     def unfinished(self) -> int:

@@ -134,6 +134,28 @@ class Sampler:
         )
 
 
+def top_log_probs(logits: Array, sequences: list[Sequence]) -> dict[int, list[tuple[int, float]]]:
+    """The likeliest tokens in the place of those that are chosen next, with their log probabilities.
+
+    Args:
+        logits: float32 [rows, vocab], a row for each of `sequences`, before `choose` has overwritten them.
+
+    Returns:
+        For each row whose request asks: token ids and values, likeliest first.
+    """
+    top = {}
+    for index, sequence in enumerate(sequences):
+        count = min(sequence.request.top_log_probs, logits.shape[1])
+        if count:
+            row = logits[index].astype(np.float64)
+            row -= row.max()
+            row -= math.log(np.exp(row).sum())
+            ids = np.argpartition(-row, count - 1)[:count]
+            ids = ids[np.argsort(-row[ids], kind="stable")]
+            top[index] = list(zip(ids.tolist(), row[ids].tolist(), strict=True))
+    return top
+
+
 def _penalised(sampling: Sampling) -> bool:
     return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1.0, 0.0, 0.0)
 

@@ -223,14 +223,16 @@ class VllmEngine(Engine):
             sequence.generated += len(tokens)
             self._totals.generated_tokens += len(tokens)
         log_probs = _log_probs(given.new_logprobs, len(tokens)) if request.log_probs else None
+        top = _top_log_probs(given.new_logprobs, len(tokens), request.top_log_probs) if request.top_log_probs else None
         if given.finish_reason is None:
-            return Output(request.id, tokens, log_probs) if tokens else None
+            return Output(request.id, tokens, log_probs, top_log_probs=top) if tokens else None
         del self._live[given.request_id]
         reason = REASONS.get(given.finish_reason)
         if reason is None:
             message = f"vLLM ended the request with {given.finish_reason}; see the engine's log"
             return Output(request.id, tokens, log_probs, error=Error(ErrorCode.INTERNAL, message))
-        return Output(request.id, tokens, log_probs, reason, sequence.perf(self.info.tokens_per_block))
+        perf = sequence.perf(self.info.tokens_per_block)
+        return Output(request.id, tokens, log_probs, reason, perf, top_log_probs=top)
 
     def _count(self, stats: Any) -> None:
         speculation = stats.spec_decoding_stats if stats is not None else None
@@ -274,3 +276,14 @@ class VllmEngine(Engine):
 def _log_probs(given: Any, count: int) -> list[float]:
     """The sampled tokens' values: the first column. Rounding may leave one a little above 0."""
     return [] if not count else [min(float(value), 0.0) for value in given.logprobs[:count, 0]]
+
+
+def _top_log_probs(given: Any, count: int, width: int) -> list[list[tuple[int, float]]]:
+    """The likeliest tokens: the columns after the first."""
+    if not count:
+        return []
+    ids, values = given.logprob_token_ids[:count, 1 : width + 1], given.logprobs[:count, 1 : width + 1]
+    return [
+        [(int(token), min(float(value), 0.0)) for token, value in zip(*row, strict=True)]
+        for row in zip(ids, values, strict=True)
+    ]

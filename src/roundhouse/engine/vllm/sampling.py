@@ -31,7 +31,7 @@ def sampling_params(request: Request, vocab_size: int) -> SamplingParams:
         min_tokens=min(sampling.min_tokens, request.max_tokens),
         stop_token_ids=[token for token in request.end_ids if 0 <= token < vocab_size],
         ignore_eos=True,  # `end_ids` names every id that ends this request
-        logprobs=0 if request.log_probs else None,
+        logprobs=request.top_log_probs if request.log_probs else None,
         logit_bias=sampling.logit_bias or None,
         structured_outputs=_structured(request.guide),
         detokenize=False,
