@@ -69,3 +69,22 @@ def test_the_figures_are_the_measured_ones() -> None:
     for row in rows:
         assert f"| {row[0]} | {row[1]} |" in README
     assert f"({alone:,.0f} tokens/s)" in README
+
+
+def test_the_figures_of_the_openai_door_are_the_measured_ones() -> None:
+    told = (ROOT / "docs/openai.md").read_text(encoding="utf-8")
+    median = json.loads((ROOT / "docs/benchmarks/openai.json").read_text())["256 streams"]["median"]
+    assert f"door delivers {median['delivered_percent']:.0f} % of those 20,000 tokens/s to 256 streams" in README
+    assert f"| delivered | {median['delivered_percent']:.0f} % |" in told
+    assert f"| tokens in a chunk | {median['tokens_per_chunk']:.1f} |" in told
+    assert f"{median['between_chunks_p50_ms']:.0f} ms, {median['between_chunks_p99_ms']:.0f} ms" in told
+    cores = [f"{median[f'cores_{part}']:.2f}" for part in ("engine", "workers", "client")]
+    assert ", ".join(cores) in told
+
+
+def test_the_fields_of_the_openai_door_are_told() -> None:
+    from roundhouse.openai import schema
+
+    told = (ROOT / "docs/openai.md").read_text(encoding="utf-8")
+    fields = {*schema.Completion.model_fields, *schema.Chat.model_fields} - {"model", "messages", "stream"}
+    assert [name for name in sorted(fields) if f"`{name}`" not in told] == []
