@@ -210,6 +210,8 @@ class Server:
     def why(self) -> str:
         """The reason that the server gave for its end."""
         causes = [line for line in self.errors if "failed to load" in line or line.startswith("engine: ")]
+        if self._door is not None and self._door.poll() is not None:
+            causes.insert(0, f"the OpenAI front door ended with code {self._door.returncode}; its log is above")
         return "\n".join(causes[:4] or list(self.errors)[-10:]) or f"tritonserver ended with {self.process.returncode}"
 
     def drain(self) -> int:
@@ -220,16 +222,19 @@ class Server:
         (runtime_dir(self.process.pid) / DRAINING).touch()
         if self._door is not None:
             self._door.terminate()
-        self._wait_idle()
+        deadline = time.monotonic() + self.drain_seconds
+        self._wait_idle(deadline)
+        if self._door is not None:  # its clients may still be reading
+            with suppress(subprocess.TimeoutExpired):
+                self._door.wait(timeout=max(deadline - time.monotonic(), 0.0))
         with suppress(subprocess.TimeoutExpired):
             self.process.terminate()
             self.process.wait(timeout=EXIT_SECONDS)
         self.kill()
         return 0
 
-    def _wait_idle(self) -> None:
-        """Until the engine has had nothing to do for IDLE_SECONDS; for drain_seconds at most."""
-        deadline = time.monotonic() + self.drain_seconds
+    def _wait_idle(self, deadline: float) -> None:
+        """Until the engine has had nothing to do for IDLE_SECONDS, or the deadline has come."""
         idle_since = time.monotonic()
         monitor = EngineMonitor(self.process.pid)
         while self.process.poll() is None and time.monotonic() < deadline:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server import client
 from tests.server.client import gauge, until
-from tests.server.conftest import Server, free_ports, write_deployment
+from tests.server.conftest import ROOT, Server, Start, free_ports, write_deployment
 
 pytestmark = pytest.mark.server
 KEY = "sk-test"
@@ -340,6 +341,41 @@ def test_several_problems_of_the_command_are_told(local_cpu: Server, tmp_path: P
     assert "Address already in use" in told(local_cpu.deployment, "--grpc-url", local_cpu.grpc_url, "--port", port)
 
 
+# --- an engine with guided decoding -------------------------------------------------------------------
+
+VLLM = Path(os.environ.get("ROUNDHOUSE_ENGINE_PYTHON", ROOT / ".venv-vllm/bin/python"))
+CITY = {"type": "object", "properties": {"city": {"enum": ["Bonn", "Kiel"]}}, "required": ["city"]}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {**CITY, "additionalProperties": False}}}
+
+
+@pytest.mark.skipif(not VLLM.exists(), reason="needs an environment with vLLM, in ROUNDHOUSE_ENGINE_PYTHON")
+def test_json_and_tools_with_an_engine_that_can(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROUNDHOUSE_ENGINE_PYTHON", str(VLLM))
+    server = start(
+        {
+            "engine": {"kind": "vllm", "eager": True},
+            "scheduling": {"policy": "max_utilization"},
+            "limits": {"max_batch_size": 8, "max_seq_len": 1024},
+            "kv_cache": {"tokens": 16384},
+        },
+        "--openai",
+    )
+    sdk = openai.OpenAI(base_url=f"{server.openai_url}/v1", api_key="none", max_retries=0)
+    until(lambda: requests.get(f"{server.openai_url}/ready", timeout=5).ok, 30, "the door is open")
+    ask: Any = {"model": "tiny", "messages": [{"role": "user", "content": SORT}], "max_tokens": 100}
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": WEATHER["function"]["parameters"]}}
+    text = sdk.chat.completions.create(**ask, response_format=form).choices[0].message.content
+    assert json.loads(text)["city"] in ("Bonn", "Kiel")
+    choice = sdk.chat.completions.create(**ask, tools=[WEATHER], tool_choice="required").choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert json.loads(choice.message.tool_calls[0].function.arguments)["city"] in ("Bonn", "Kiel")
+    stream = sdk.chat.completions.create(**ask, tools=[WEATHER], tool_choice="required", stream=True)
+    calls = [call for chunk in stream for call in chunk.choices[0].delta.tool_calls or ()]
+    assert [call.function.name for call in calls] == ["weather"]
+    top = sdk.chat.completions.create(**ask, temperature=0, logprobs=True, top_logprobs=2).choices[0].logprobs
+    assert all(entry.top_logprobs[0].token == entry.token for entry in top.content)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Door]]:
     """A server whose deployment opens the door itself: fast, with keys in a file, TLS and a small size limit."""
@@ -350,6 +386,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Do
     subprocess.run(command, check=True, capture_output=True)
     (folder / "keys").write_text(f"sk-other\n{KEY}\n")
     door = {"api_key_file": "keys", "tls_certificate": "cert.pem", "tls_key": "key.pem", "max_body_bytes": 20_000}
+    door |= {"access_log": False, "log_prompts": True}
     deployment = {
         "engine": {"kind": "synthetic"},
         "limits": {"max_seq_len": 1024},
@@ -376,11 +413,17 @@ def test_the_deployment_opens_the_door(whole: tuple[Server, Door]) -> None:
     with secured(server) as session:
         names = [model["id"] for model in session.get(f"{door.url}/v1/models", timeout=10).json()["data"]]
         assert names == ["a", "b"]
+        described = session.get(f"{door.url}/openapi.json", timeout=10).json()["components"]["schemas"]
+        assert described["Completion"]["properties"]["model"]["enum"] == ["a", "b"]
         large = {"model": "a", "prompt": "a" * 30_000}
         reply = session.post(f"{door.url}/v1/completions", json=large, timeout=10)
         assert (reply.status_code, reply.json()["error"]["code"]) == (413, "request_too_large")
         parts = iter([b"[" * 15_000] * 4)  # of unknown length
         assert session.post(f"{door.url}/v1/completions", data=parts, timeout=10).status_code == 413
+        ask = {"model": "b", "prompt": "said aloud", "max_tokens": 2}
+        assert session.post(f"{door.url}/v1/completions", json=ask, timeout=10).json()["model"] == "b"
+        until(lambda: "said aloud" in server.log.read_text(), 2, "the prompt in the log")
+        assert "completion_tokens=" not in server.log.read_text()
         del session.headers["Authorization"]
         assert session.get(f"{door.url}/v1/models", timeout=10).status_code == 401
 
@@ -428,6 +471,8 @@ def test_fuzzing_finds_no_server_error(whole: tuple[Server, Door], tmp_path: Pat
     command += ["--tls-verify", str(server.deployment.parent / "cert.pem")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    (tried,) = re.findall(r"(\d+) generated", done.stdout)
+    assert int(tried) > 200, done.stdout
 
 
 def test_sigterm_finishes_what_is_open(whole: tuple[Server, Door]) -> None:

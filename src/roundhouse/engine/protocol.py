@@ -12,7 +12,7 @@ from enum import StrEnum
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 1
 
 
 class ErrorCode(StrEnum):

@@ -24,7 +24,7 @@ from roundhouse.openai.errors import ApiError
 from roundhouse.openai.formats import ChatFormat, CompletionFormat, Format, ToolFormat, encode
 from roundhouse.openai.guard import Guard
 from roundhouse.openai.replies import Reply
-from roundhouse.openai.schema import Chat, Completion, Detokenize, Generate, Tokenize
+from roundhouse.openai.schema import Chat, Completion, Detokenize, ErrorBody, Generate, Tokenize
 from roundhouse.text.detokenize import Detokenizer
 from roundhouse.text.tokenizer import Tokenizer
 
@@ -111,13 +111,28 @@ def create(door: Door) -> FastAPI:
         lifespan=door.joined,
         docs_url=None,  # its page would load scripts from elsewhere
         redoc_url=None,
+        responses={"default": {"description": "an error in OpenAI's format", "model": ErrorBody}},
     )
     app.add_middleware(Guard, door=door)
     _add_generation(app, door)
     _add_tokens(app, door)
     _add_operations(app, door)
     _add_error_handlers(app)
+    _name_models(app, door.models)
     return app
+
+
+def _name_models(app: FastAPI, models: list[str]) -> None:
+    """Say in the schema which models there are."""
+    plain = app.openapi
+
+    def described() -> dict[str, Any]:
+        schema = plain()
+        for body in (Completion, Chat):
+            schema["components"]["schemas"][body.__name__]["properties"]["model"]["enum"] = models
+        return schema
+
+    app.openapi = described  # type: ignore[method-assign]
 
 
 def _add_generation(app: FastAPI, door: Door) -> None:

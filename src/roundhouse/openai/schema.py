@@ -188,3 +188,16 @@ class Detokenize(Body):
 
     model: str | None = None
     tokens: list[TokenId]
+
+
+class ErrorDetail(Body):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(Body):
+    """What is sent with every status of 400 and more."""
+
+    error: ErrorDetail
