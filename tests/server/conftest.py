@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -107,9 +108,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 @pytest.fixture(scope="session")
 def local_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The default deployment."""
+    """The default deployment; or that of ROUNDHOUSE_TEST_DEPLOYMENT, which scripts/prove-trtllm sets."""
     log = tmp_path_factory.mktemp("local-cpu") / "server.log"
-    with Server(ROOT / "deployments/local-cpu.yaml", log) as server:
+    deployment = Path(os.environ.get("ROUNDHOUSE_TEST_DEPLOYMENT", ROOT / "deployments/local-cpu.yaml"))
+    with Server(deployment, log) as server:
         yield server
 
 

@@ -141,6 +141,11 @@ def test_builds_for_two_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert engine.reduce_fusion
 
 
+def test_examples_may_be_named_from_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    building.build(load(folder), examples=Path("examples"), console=Console(file=io.StringIO()))
+
+
 def test_builds_the_draft_too(folder: Path) -> None:
     run(folder, speculative=SPECULATIVE)
     target, draft = (engine_folder.read(folder / name) for name in ("engine", "draft-engine"))

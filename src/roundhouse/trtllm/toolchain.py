@@ -59,14 +59,15 @@ class Toolchain:
 def find(examples: Path) -> Toolchain:
     """All that a build needs. Raises ToolchainError for what is missing."""
     interpreter = python()
-    quantize = examples / "quantization/quantize.py"
+    quantize = (examples / "quantization/quantize.py").absolute()  # tools run in a folder of their own
     if not quantize.is_file():
         raise ToolchainError(f"--examples {examples}: has no quantization/quantize.py; {IMAGE}, or name its folder")
     beside = Path(interpreter).parent / "trtllm-build"
     trtllm_build = shutil.which("trtllm-build") or (str(beside) if beside.is_file() else None)
     if trtllm_build is None:
         raise ToolchainError(f"trtllm-build: not found; {IMAGE}")
-    return Toolchain(tensorrt_llm_version(interpreter), gpus(), interpreter, str(quantize), trtllm_build)
+    compiler = str(Path(trtllm_build).absolute())
+    return Toolchain(tensorrt_llm_version(interpreter), gpus(), interpreter, str(quantize), compiler)
 
 
 def python() -> str:
