@@ -7,7 +7,6 @@ constraints. requirements.lock cannot be used: it was resolved without them. Sta
 from __future__ import annotations
 
 import re
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 
-def names(project: dict[str, Any], extra: str | None = None) -> list[str]:
-    """Of the dependencies, or of one extra: `tritonclient[grpc,http]>=2` becomes `tritonclient[grpc,http]`."""
-    lines = project["dependencies"] if extra is None else project["optional-dependencies"][extra]
-    return [match[0] for line in lines if (match := re.match(r"[\w.-]+(\[[\w,-]+\])?", line))]
+def names(project: dict[str, Any]) -> list[str]:
+    """`tritonclient[grpc,http]>=2` becomes `tritonclient[grpc,http]`."""
+    return [match[0] for line in project["dependencies"] if (match := re.match(r"[\w.-]+(\[[\w,-]+\])?", line))]
 
 
 if __name__ == "__main__":
-    text = PROJECT.read_text(encoding="utf-8")
-    print("\n".join(names(tomllib.loads(text)["project"], *sys.argv[1:])))
+    print("\n".join(names(tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"])))

@@ -56,6 +56,18 @@ def test_70b_on_two_80_gb_gpus_leaves_half_a_million_tokens(tmp_path: Path) -> N
     assert result.kv_tokens == pytest.approx(0.50e6, rel=0.02)
 
 
+@pytest.mark.parametrize(("name", "kv_gib"), [("llama-3-8b-h200", 60), ("llama-3-70b-2xh100", 38)])
+def test_the_kv_cache_has_what_80_gb_gpus_leave(tmp_path: Path, name: str, kv_gib: int) -> None:
+    result = plan(load(tmp_path, name, gpu={"product": "NVIDIA-H100-80GB-HBM3"}))
+    assert result.kv_tokens * result.kv_bytes_per_token / 2**30 == pytest.approx(kv_gib, abs=1)
+
+
+def test_one_gpu_holds_what_two_share(tmp_path: Path) -> None:
+    one = plan(load(tmp_path, "llama-3-70b-2xh100", gpu={"product": "NVIDIA-H200", "count": 1, "tensor_parallel": 1}))
+    assert one.weights / 1e9 == pytest.approx(72.7, abs=0.1)
+    assert one.kv_bytes_per_token == 160 * 1024
+
+
 def test_a_16_bit_kv_cache_costs_twice_as_much(tmp_path: Path) -> None:
     assert plan(load(tmp_path, "llama-3-8b-h200", precision={"kv_cache": "auto"})).kv_bytes_per_token == 128 * 1024
 
