@@ -31,6 +31,13 @@ def test_paths_start_at_the_file() -> None:
     assert isinstance(parsed.engine, TransformersEngine)
 
 
+DRAFT = {"method": "draft_target", "draft_model": "d"}
+
+
+def vllm(**keys: Any) -> dict[str, Any]:
+    return {"engine": {"kind": "vllm", **keys}, "scheduling": {"policy": "max_utilization"}}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -51,6 +58,29 @@ def test_paths_start_at_the_file() -> None:
         ({"gpu": {"product": "H200", "count": 2, "tensor_parallel": 1}}, "gpu.tensor_parallel: 1 is not gpu.count"),
         ({"engine": {"kind": "tensorrt_llm", "path": "e"}}, "gpu: missing"),
         ({"engine": {"kind": "vllm"}}, "scheduling.policy: vLLM admits what fits now"),
+        (vllm(memory_fractions=0.9), "engine.memory_fractions: unknown key; did you mean 'memory_fraction'?"),
+        (vllm(memory_fraction=1.5), "engine.memory_fraction"),
+        (vllm(lora={0: "a"}), "engine.lora.0"),
+        (vllm(fp8_kv_format="fp8_e5m2"), "engine.fp8_kv_format: fp8_e5m2 has no meaning without precision.kv_cache"),
+        (
+            {**vllm(fp8_kv_format="fp8_e5m2"), "precision": {"weights": "fp8", "kv_cache": "fp8"}},
+            "engine.fp8_kv_format: vLLM takes fp8_e5m2 with weights in 16 bits",
+        ),
+        ({**vllm(), "precision": {"kv_cache": "float16"}}, "precision.kv_cache: 'float16' must be auto, fp8 or"),
+        ({**vllm(), "kv_cache": {"free_memory_fraction": 0.9}}, "use engine.memory_fraction"),
+        ({**vllm(), "kv_cache": {"host_memory_bytes": 1}}, "kv_cache.host_memory_bytes: engine vllm cannot do this"),
+        ({**vllm(ngram={}), "speculative": DRAFT}, "engine.ngram: contradicts `speculative`"),
+        ({**vllm(), "speculative": {**DRAFT, "draft_engine": "e"}}, "speculative.draft_engine: vLLM loads"),
+        ({**vllm(), "speculative": {**DRAFT, "method": "medusa"}}, "speculative.method"),
+        (
+            {
+                "engine": {"kind": "tensorrt_llm", "path": "e"},
+                "gpu": {"product": "NVIDIA-H200"},
+                "limits": {"max_seq_len": 2048},
+                "speculative": {**DRAFT, "method": "eagle"},
+            },
+            "speculative.method: engine tensorrt_llm cannot do 'eagle'",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(changes: dict[str, Any], says: str) -> None:

@@ -92,6 +92,9 @@ class VllmEngine(Section):
         default="fp8", description="what precision.kv_cache: fp8 means"
     )
     ngram: NgramDrafts | None = Field(default=None, description="speculative decoding without a draft model")
+    lora: dict[PositiveInt, str] = Field(
+        default={}, description="LoRA adapters: what a request's lora_task_id names -> folder (adapter_config.json)"
+    )
     eager: bool = Field(default=False, description="no compilation, no CUDA graphs: loads fast, runs slow")
     load_format: Literal["auto", "dummy"] = Field(default="auto", description="dummy: random weights, to benchmark")
 
@@ -135,8 +138,10 @@ class Scheduling(Section):
 class Speculative(Section):
     """Speculative decoding: a small model drafts tokens, the large one checks them in one step."""
 
-    method: Literal["draft_target"]
-    draft_model: str = Field(description="checkpoint folder of the draft model; it shares the model's tokenizer")
+    method: Literal["draft_target", "eagle", "eagle3"] = Field(
+        description="draft_target: a model of its own; eagle, eagle3: a head on the model's hidden states (vllm only)"
+    )
+    draft_model: str = Field(description="checkpoint folder of the draft model or head; same tokenizer as the model")
     draft_engine: str | None = Field(default=None, description="folder of the draft's compiled engine")
     draft_tokens: PositiveInt = Field(default=5, description="tokens drafted before each check")
     max_batch_size: PositiveInt = Field(default=4, description="with more running sequences nothing is drafted")
@@ -291,6 +296,8 @@ def _check_tensorrt_llm(deployment: Deployment) -> None:
         if asked and not kv_cache.reuse:
             raise ValueError(f"{key}: needs kv_cache.reuse: true")
     _check_fusions(deployment)
+    if speculative is not None and speculative.method != "draft_target":
+        raise ValueError(f"speculative.method: engine tensorrt_llm cannot do {speculative.method!r}; use draft_target")
     if speculative is not None and speculative.draft_engine is None:
         raise ValueError("speculative.draft_engine: missing; engine tensorrt_llm runs the draft model compiled too")
     if speculative is not None and speculative.max_batch_size > deployment.limits.max_batch_size:
@@ -321,8 +328,6 @@ def _check_fusions(deployment: Deployment) -> None:
 def _check_vllm(deployment: Deployment) -> None:
     """What vLLM cannot do, or does in another way than the key says."""
     precision, engine = deployment.precision, deployment.engine
-    if precision.weights == "int4_awq":
-        raise ValueError("precision.weights: vLLM does not quantise to int4_awq; give a checkpoint that is, and auto")
     if precision.kv_cache not in ("auto", "fp8", precision.weights):
         raise ValueError(f"precision.kv_cache: {precision.kv_cache!r} must be auto, fp8 or that of the weights")
     cannot = {
@@ -340,8 +345,20 @@ def _check_vllm(deployment: Deployment) -> None:
         raise ValueError(
             "scheduling.policy: vLLM admits what fits now and preempts when the cache is full; say max_utilization"
         )
-    if isinstance(engine, VllmEngine) and engine.ngram is not None and deployment.speculative is not None:
+    speculative = deployment.speculative
+    if speculative is not None and speculative.draft_engine is not None:
+        raise ValueError("speculative.draft_engine: vLLM loads the draft's checkpoint; remove the key")
+    if not isinstance(engine, VllmEngine):
+        return
+    if engine.ngram is not None and speculative is not None:
         raise ValueError("engine.ngram: contradicts `speculative`; keep one of them")
+    if engine.fp8_kv_format != "fp8" and precision.kv_cache != "fp8":
+        raise ValueError(f"engine.fp8_kv_format: {engine.fp8_kv_format} has no meaning without precision.kv_cache: fp8")
+    if engine.fp8_kv_format == "fp8_e5m2" and precision.weights == "fp8":
+        raise ValueError(
+            "engine.fp8_kv_format: vLLM takes fp8_e5m2 with weights in 16 bits or INT4-AWQ only; "
+            "choose fp8 (which is e4m3), or other precision.weights"
+        )
 
 
 _ENGINE_RULES: dict[str, Callable[[Deployment], None]] = {

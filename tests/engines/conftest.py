@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from roundhouse.engine.base import Engine
 from roundhouse.engine.protocol import Feature, Output, Request, Sampling
+from tests.engines import vllm_engines
 
 GREEDY = Sampling(temperature=0.0)
 VOCAB_SIZE = 256
@@ -72,19 +75,9 @@ def make_embedded(model: Path, **settings: object) -> Engine:
     return EmbeddedEngine(EmbeddedConfig(model=model, **settings))  # type: ignore[arg-type]
 
 
-def make_vllm(model: Path, **settings: object) -> Engine:
-    pytest.importorskip("vllm", reason="vLLM lives in an environment of its own")
-    from roundhouse.engine.vllm.config import VllmConfig
-    from roundhouse.engine.vllm.engine import VllmEngine
-
-    return VllmEngine(VllmConfig(model=model, eager=True, dtype="float32", **settings))  # type: ignore[arg-type]
-
-
-ENGINES: dict[str, Callable[..., Engine]] = {
-    "synthetic": make_synthetic,
-    "embedded": make_embedded,
-    "vllm": make_vllm,
-}
+HAS_VLLM = importlib.util.find_spec("vllm") is not None  # it lives in an environment of its own
+ENGINES = tuple(vllm_engines.VARIANTS) if HAS_VLLM else ("synthetic", "embedded")
+MAKERS: dict[str, Callable[..., Engine]] = {"synthetic": make_synthetic, "embedded": make_embedded}
 
 Make = Callable[..., Engine]
 
@@ -93,9 +86,10 @@ Make = Callable[..., Engine]
 def make(request: pytest.FixtureRequest, random_model: Path) -> Iterator[Make]:
     """Builds the engine under test: `make(max_batch_size=2, ...)`. Closes what it built."""
     built: list[Engine] = []
+    maker = MAKERS.get(request.param) or partial(vllm_engines.make, request.param)
 
     def build(**changes: object) -> Engine:
-        built.append(ENGINES[request.param](random_model, **Limits(**changes).values))
+        built.append(maker(random_model, **Limits(**changes).values))
         return built[-1]
 
     yield build

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -27,7 +28,7 @@ INFO = EngineInfo(
     max_queue=8,
     tokens_per_block=32,
     max_blocks=512,
-    lacks={Feature.BEAM_SEARCH: "this engine samples single sequences only"},
+    lacks={Feature.BEAM_SEARCH: "this engine samples single sequences only", Feature.LORA: "it has no adapters"},
 )
 
 
@@ -39,9 +40,9 @@ def tensor(value: Any) -> np.ndarray:
     return np.array(values)
 
 
-def text(**inputs: Any) -> Generation:
+def text(info: EngineInfo = INFO, **inputs: Any) -> Generation:
     arrays = {name: tensor(value) for name, value in {"text_input": "copy: a =", "max_tokens": 8, **inputs}.items()}
-    return from_text(Fields(arrays), TOKENIZER, INFO, special_tokens=True, echo=True)
+    return from_text(Fields(arrays), TOKENIZER, info, special_tokens=True, echo=True)
 
 
 def tokens(*, ensemble: bool = False, **inputs: Any) -> Generation:
@@ -185,6 +186,18 @@ class TestRefusals:
         error = refusal(**inputs)
         assert error.code is ErrorCode.UNSUPPORTED
         assert error.message.startswith(next(iter(inputs)) + ": ")
+
+    def test_adapters_are_named_by_id_and_never_sent(self) -> None:
+        info = msgspec.structs.replace(INFO, lacks={})
+        assert text(info, lora_task_id=7).request.lora_id == 7
+        assert text(info).request.lora_id == 0
+        for inputs, message in (
+            ({"lora_task_id": 0}, "lora_task_id: 0 is not allowed"),
+            ({"lora_weights": [[0.5]]}, "lora_weights: adapters are those of the deployment"),
+        ):
+            with pytest.raises(RequestError) as caught:
+                text(info, **inputs)
+            assert caught.value.message.startswith(message)
 
     @pytest.mark.parametrize("length", [0, 4, -1])
     def test_input_lengths_stay_within_the_ids(self, length: int) -> None:

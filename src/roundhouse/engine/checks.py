@@ -101,6 +101,7 @@ def _needs(request: Request) -> Iterable[Feature]:
         Feature.PRIORITY: request.priority != 0,
         Feature.CACHE_SALT: bool(request.cache_salt),
         Feature.GUIDED_DECODING: request.guide is not None,
+        Feature.LORA: request.lora_id != 0,
     }
     return (feature for feature, asked in needed.items() if asked)
 

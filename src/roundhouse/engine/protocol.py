@@ -112,6 +112,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
         top_log_probs: report so many of the likeliest tokens beside each; needs log_probs.
         priority: higher is scheduled earlier; 0 is normal.
         cache_salt: prompts share KV blocks only within one salt.
+        lora_id: of a LoRA adapter of the deployment; 0 is none.
         arrival_ns: when the front got it.
         deadline_ns: dropped with FinishReason.TIMEOUT after it; 0 is never.
     """
@@ -126,6 +127,7 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     priority: int = 0
     cache_salt: str = ""
     guide: Guide | None = None
+    lora_id: int = 0
     arrival_ns: int = 0
     deadline_ns: int = 0
 

@@ -26,6 +26,7 @@ TENSORRT_LLM_NAMES = {
     "stop_words": "stop_words_list",
     "bad_words": "bad_words_list",
 }
+LORA_BY_ID = "adapters are those of the deployment; name one by lora_task_id"
 GUIDE_KINDS = ("json", "json_schema", "regex", "ebnf_grammar")
 MAX_SEQUENCES = 128  # samples of one prompt
 MAX_WORDS = 1024  # stop words or bad words of one prompt
@@ -219,6 +220,7 @@ def _generation(
         priority=fields.integer("priority") or 0,
         cache_salt=fields.string("cache_salt") or "",
         guide=_guide(fields),
+        lora_id=_lora_id(fields),
     )
     checks.check(request, info)
     return Generation(
@@ -268,15 +270,24 @@ def _guide(fields: Fields) -> Guide | None:
     return Guide(kind, text)
 
 
+def _lora_id(fields: Fields) -> int:
+    given = fields.integer("lora_task_id")
+    if given == 0:
+        refuse(f"{fields.label('lora_task_id')}: 0 is not allowed; it must be the id of an adapter of this deployment")
+    return given or 0
+
+
 def _refuse_unsupported(fields: Fields, info: EngineInfo) -> None:
     beams = fields.integer("beam_width")
     if beams is not None and beams < 1:
         refuse(f"beam_width: {beams} is not allowed; it must be 1")
     if beams is not None and beams > 1:
         _refuse_lacking(fields, "beam_width", Feature.BEAM_SEARCH, info)
-    for name in ("lora_task_id", "lora_weights", "lora_config"):
+    if fields.array("lora_task_id") is not None and Feature.LORA in info.lacks:
+        _refuse_lacking(fields, "lora_task_id", Feature.LORA, info)
+    for name in ("lora_weights", "lora_config"):
         if fields.array(name) is not None:
-            _refuse_lacking(fields, name, Feature.LORA, info)
+            refuse_feature(fields.label(name), info.lacks.get(Feature.LORA, LORA_BY_ID))
     if fields.flag("return_context_logits"):
         _refuse_lacking(fields, "return_context_logits", Feature.CONTEXT_LOGITS, info)
     if fields.flag("return_generation_logits"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from roundhouse.deployment import Deployment
 from roundhouse.deployment import VllmEngine as VllmSection
 from roundhouse.engine.base import EngineError
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
+DTYPES = {"fp8": "bfloat16", "int4_awq": "auto"}  # of activations, where precision.weights is not one itself
 CPU_KV_BYTES = 4 * 2**30  # on a CPU, unless the deployment says memory_fraction or kv_cache.tokens
 
 
@@ -22,6 +25,7 @@ class VllmConfig:
     tokenizer: folder of its tokenizer; None switches guided decoding off, the only thing here that needs one.
     dtype: of weights and activations; auto is the checkpoint's.
     quantization: how vLLM quantises the weights while it loads them; None leaves them as they are.
+    int4_awq: the checkpoint has to be one that was quantised so; vLLM sees to the rest.
     kv_dtype: of the KV cache; auto is that of the activations.
     max_batch_size: sequences that generate at the same time.
     max_seq_len: prompt and answer, in tokens; None is the model's own.
@@ -35,6 +39,7 @@ class VllmConfig:
     eager: no compilation and no CUDA graphs: loads fast, runs slow.
     load_format: dummy draws random weights, for benchmarks.
     speculative: vLLM's speculative_config; None is no speculation.
+    lora: LoRA adapters, id -> folder.
     """
 
     model: Path | str
@@ -42,6 +47,7 @@ class VllmConfig:
     trust_remote_code: bool = False
     dtype: str = "auto"
     quantization: str | None = None
+    int4_awq: bool = False
     kv_dtype: str = "auto"
     max_batch_size: int = 64
     max_seq_len: int | None = None
@@ -56,6 +62,7 @@ class VllmConfig:
     eager: bool = False
     load_format: Literal["auto", "dummy"] = "auto"
     speculative: dict[str, Any] | None = None
+    lora: dict[int, str] = field(default_factory=dict)
 
 
 def engine_arguments(config: VllmConfig) -> dict[str, Any]:
@@ -86,6 +93,8 @@ def engine_arguments(config: VllmConfig) -> dict[str, Any]:
         "speculative_config": config.speculative,
         "generation_config": "vllm",  # a request says all that it wants; the model folder adds nothing
     }
+    if config.lora:
+        arguments |= {"enable_lora": True, "max_loras": len(config.lora), "max_lora_rank": _lora_rank(config.lora)}
     if config.max_seq_len is not None:
         arguments["max_model_len"] = config.max_seq_len
     if config.memory_fraction is not None:
@@ -97,6 +106,19 @@ def engine_arguments(config: VllmConfig) -> dict[str, Any]:
     return arguments
 
 
+def _lora_rank(adapters: dict[int, str]) -> int:
+    """The smallest rank that vLLM reserves room for and all adapters fit into. Raises EngineError."""
+    ranks = {}
+    for id, folder in adapters.items():
+        try:
+            ranks[id] = int(json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+        except (OSError, ValueError, KeyError) as error:
+            raise EngineError(f"engine.lora.{id}: {folder}/adapter_config.json has no rank: {error}") from error
+        if ranks[id] > LORA_RANKS[-1]:
+            raise EngineError(f"engine.lora.{id}: rank {ranks[id]} is more than vLLM's {LORA_RANKS[-1]}")
+    return next(rank for rank in LORA_RANKS if rank >= max(ranks.values()))
+
+
 def of_deployment(deployment: Deployment, section: VllmSection) -> VllmConfig:
     """The settings that a checked deployment asks for."""
     weights, kv_cache = deployment.precision.weights, deployment.precision.kv_cache
@@ -104,8 +126,9 @@ def of_deployment(deployment: Deployment, section: VllmSection) -> VllmConfig:
         model=deployment.model.path,
         tokenizer=deployment.model.tokenizer,
         trust_remote_code=deployment.model.trust_remote_code,
-        dtype="bfloat16" if weights == "fp8" else weights,
+        dtype=DTYPES.get(weights, weights),
         quantization="fp8" if weights == "fp8" else None,
+        int4_awq=weights == "int4_awq",
         kv_dtype=section.fp8_kv_format if kv_cache == "fp8" else "auto",
         max_batch_size=deployment.limits.max_batch_size,
         max_seq_len=deployment.limits.max_seq_len,
@@ -120,6 +143,7 @@ def of_deployment(deployment: Deployment, section: VllmSection) -> VllmConfig:
         eager=section.eager,
         load_format=section.load_format,
         speculative=_speculative(deployment, section),
+        lora=section.lora,
     )
 
 
@@ -130,10 +154,15 @@ def _speculative(deployment: Deployment, section: VllmSection) -> dict[str, Any]
             "num_speculative_tokens": section.ngram.draft_tokens,
             "prompt_lookup_max": section.ngram.longest,
         }
-    if deployment.speculative is not None:
-        return {
-            "method": "draft_model",
-            "model": deployment.speculative.draft_model,
-            "num_speculative_tokens": deployment.speculative.draft_tokens,
+    if (wanted := deployment.speculative) is not None:
+        limit, running = wanted.max_batch_size, deployment.limits.max_batch_size
+        result = {
+            "method": "draft_model" if wanted.method == "draft_target" else wanted.method,
+            "model": wanted.draft_model,
+            "num_speculative_tokens": wanted.draft_tokens,
         }
+        if limit < running:  # inclusive ranges of running sequences, and what is drafted for each
+            schedule = [(1, limit, wanted.draft_tokens), (limit + 1, running, 0)]
+            result["num_speculative_tokens_per_batch_size"] = schedule
+        return result
     return None

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import vllm
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreEventType, EngineCoreRequest
 from vllm.v1.engine import FinishReason as VllmFinish
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
 
 from roundhouse.engine import checks
-from roundhouse.engine.base import Engine, EngineError
+from roundhouse.engine.base import Engine, EngineError, RequestError
 from roundhouse.engine.protocol import (
     EngineInfo,
     Error,
@@ -39,13 +40,13 @@ from roundhouse.engine.vllm.sampling import sampling_params
 
 LACKS = {
     Feature.BEAM_SEARCH: "vLLM's engine core samples single sequences only; ask for several sequences instead",
-    Feature.LORA: "this server passes no LoRA adapters to vLLM; merge the adapter into the model folder",
     Feature.CONTEXT_LOGITS: "vLLM gives log probabilities, not rows of logits",
     Feature.GENERATION_LOGITS: "vLLM gives log probabilities, not rows of logits",
     Feature.DRAFT_TOKENS: "vLLM drafts tokens itself and takes none from a request; see `speculative`",
     Feature.RETENTION: "vLLM keeps cached blocks by recency only",
     Feature.LOOKAHEAD: "vLLM has no lookahead decoding",
 }
+NO_LORA = "the deployment has no LoRA adapters; list them under engine.lora"
 NO_TOKENIZER = "guided decoding needs the model's tokenizer; set model.tokenizer of the deployment"
 NEVER = 2**63 - 1
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -97,7 +98,15 @@ class VllmEngine(Engine):
             raise
         except Exception as error:  # vLLM raises many kinds
             raise EngineError(f"vLLM {vllm.__version__} cannot load {config.model}: {error}") from error
-        lacks = LACKS if config.tokenizer else {**LACKS, Feature.GUIDED_DECODING: NO_TOKENIZER}
+        quantization = settings.model_config.quantization
+        if config.int4_awq and "awq" not in (quantization or ""):
+            raise EngineError(f"precision.weights: int4_awq, but the quantisation of {config.model} is {quantization}")
+        lacks = dict(LACKS)
+        if not config.tokenizer:
+            lacks[Feature.GUIDED_DECODING] = NO_TOKENIZER
+        if not config.lora:
+            lacks[Feature.LORA] = NO_LORA
+        self._lora = {id: LoRARequest(str(id), id, folder) for id, folder in config.lora.items()}
         self.info = EngineInfo(
             engine="vllm",
             version=vllm.__version__,
@@ -121,6 +130,10 @@ class VllmEngine(Engine):
 
     def submit(self, request: Request) -> None:
         checks.check(request, self.info)
+        if request.lora_id and request.lora_id not in self._lora:
+            known = ", ".join(map(str, self._lora))
+            message = f"lora_task_id: {request.lora_id} is not an adapter of this deployment; it has {known}"
+            raise RequestError(ErrorCode.INVALID_ARGUMENT, message)
         params = sampling_params(request, self.info.vocab_size)
         key = str(request.id)
         self._live[key] = Sequence(request)
@@ -136,7 +149,7 @@ class VllmEngine(Engine):
                 sampling_params=params,
                 pooling_params=None,
                 arrival_time=float(self._arrivals),  # only orders requests of equal priority
-                lora_request=None,
+                lora_request=self._lora.get(request.lora_id),
                 cache_salt=request.cache_salt or None,
                 data_parallel_rank=None,
                 priority=-request.priority,  # vLLM runs the lowest first

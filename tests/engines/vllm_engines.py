@@ -1,0 +1,45 @@
+"""vLLM engines for the conformance suite, in its environment only (scripts/setup --vllm).
+
+An engine start takes two seconds and the suite has hundreds of tests, so an engine that is idle when a test closes it
+is given out again, as new.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from roundhouse.engine.base import Engine
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "vllm": {},
+    "vllm-fp8-kv": {"kv_dtype": "fp8", "tokens_per_block": 32},  # its CPU kernels want multiples of 32
+    "vllm-ngram": {"speculative": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}},
+    "vllm-draft-model": {"speculative": {"method": "draft_model", "num_speculative_tokens": 3}},  # it drafts for itself
+}
+_idle: list[tuple[object, Engine]] = []  # settings, engine
+
+
+def make(variant: str, model: Path, **settings: Any) -> Engine:
+    from roundhouse.engine.vllm.config import VllmConfig
+    from roundhouse.engine.vllm.engine import Totals, VllmEngine
+
+    class Kept(VllmEngine):
+        def close(self) -> None:
+            if self.unfinished():
+                super().close()
+            else:
+                _idle.append((config, self))
+
+    settings |= VARIANTS[variant]
+    if variant == "vllm-draft-model":
+        settings["speculative"] = {**settings["speculative"], "model": str(model)}
+    config = VllmConfig(model=model, eager=True, dtype="float32", **settings)
+    for number, (other, engine) in enumerate(_idle):
+        if other == config:
+            del _idle[number]
+            assert isinstance(engine, VllmEngine)
+            engine._core.reset_prefix_cache()
+            engine._totals = Totals()
+            return engine
+    return Kept(config)
