@@ -153,6 +153,12 @@ class Gpu(Section):
     product: str
     count: PositiveInt = 1
     tensor_parallel: PositiveInt = 1
+    nodes: PositiveInt = Field(default=1, description="machines that share the GPUs evenly: a group of pods")
+
+    @property
+    def per_node(self) -> int:
+        """GPUs of one machine."""
+        return self.count // self.nodes
 
 
 class Fronts(Section):
@@ -240,6 +246,16 @@ class Deployment(Section):
             raise ValueError(
                 f"gpu.tensor_parallel: {self.gpu.tensor_parallel} is not gpu.count ({self.gpu.count}); one replica "
                 "uses all its GPUs, so give both the same value"
+            )
+        if self.gpu is not None and self.gpu.count % self.gpu.nodes:
+            raise ValueError(
+                f"gpu.nodes: {self.gpu.nodes} do not share gpu.count ({self.gpu.count}) evenly; say a divisor of it"
+            )
+        leads = isinstance(self.engine, TensorrtLlmEngine) and self.engine.launch == "leader"
+        if self.gpu is not None and self.gpu.nodes > 1 and not leads:
+            raise ValueError(
+                f"gpu.nodes: {self.gpu.nodes} machines need ranks that mpirun starts; say 1, or take engine.kind "
+                "tensorrt_llm with launch: leader"
             )
         _ENGINE_RULES[self.engine.kind](self)
         return self

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import yaml
 
+from roundhouse import deployment as deployments
+from roundhouse.kubernetes import overlay
 from tests.k8s import manifests
 from tests.k8s.manifests import Combination, Objects
 
@@ -43,3 +46,14 @@ def full(everything: dict[Combination, Objects]) -> Objects:
         and "autoscaling-keda" in combination.components
     ]
     return found
+
+
+@pytest.fixture(scope="session")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Objects:
+    """A deployment on two nodes with eight GPUs each."""
+    raw = yaml.safe_load((manifests.ROOT / "deployments/llama-3-70b-2xh100.yaml").read_text())
+    raw["gpu"] = {**raw["gpu"], "count": 16, "tensor_parallel": 16, "nodes": 2}
+    parsed = deployments.parse(raw, source="two nodes", base=manifests.ROOT / "deployments")
+    folder = tmp_path_factory.mktemp("group") / "overlay"
+    overlay.render(parsed, folder, image=manifests.IMAGE, components=("monitoring", "openai"))
+    return manifests.build(folder)

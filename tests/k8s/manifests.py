@@ -130,6 +130,11 @@ class Pod:
 
 
 def pods(objects: Objects) -> Iterator[Pod]:
+    for owner in of_kind(objects, "LeaderWorkerSet"):
+        added = {"leaderworkerset.sigs.k8s.io/name": owner["metadata"]["name"]}  # by the controller
+        for role in ("leaderTemplate", "workerTemplate"):
+            template = owner["spec"]["leaderWorkerTemplate"][role]
+            yield Pod(owner, {**template["metadata"]["labels"], **added}, template["spec"])
     for owner in of_kind(objects, "Deployment", "DaemonSet", "Job"):
         template = owner["spec"]["template"]
         yield Pod(owner, template["metadata"].get("labels", {}), template["spec"])

@@ -18,6 +18,8 @@ EXCEPTIONS = {
     ("server", "server", "readOnlyRootFilesystem"): f"{CDI}; and /tmp must be as young as the container",
     ("server", "wait-for-engine", "readOnlyRootFilesystem"): f"a pod with GPUs: {CDI}",
     ("engine-build", "build", "readOnlyRootFilesystem"): CDI,
+    ("server", "hosts", "readOnlyRootFilesystem"): f"a pod with GPUs: {CDI}",
+    ("worker", "server", "readOnlyRootFilesystem"): f"the server's container, with another command: {CDI}",
     ("vllm", "vllm", "readOnlyRootFilesystem"): CDI,
     ("endpoint-picker", "*", "automountServiceAccountToken"): "it watches pods and the pool through the API server",
 }

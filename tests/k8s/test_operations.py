@@ -14,7 +14,7 @@ from roundhouse.triton.metrics import COUNTERS, GAUGES, HISTOGRAMS
 from tests.k8s.manifests import ROOT, Objects, find, of_kind, pods
 
 PAGE = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
-NEEDS_MORE = ("docker", "kind", "minikube", "curl")  # than this machine has
+NEEDS_MORE = ("docker", "kind", "minikube", "curl", "ssh-keygen")  # than this machine has
 KINDS = {
     "deployment": "Deployment",
     "service": "Service",
@@ -92,6 +92,13 @@ def test_objects_and_selectors_are_those_of_the_manifests(full: Objects) -> None
         key, value = re.split(r"!?=", selector)
         labels = [o["metadata"].get("labels", {}) for o in full] + [pod.labels for pod in pods(full)]
         assert any(label.get(key) == value for label in labels), selector
+
+
+def test_secrets_that_pods_need_are_made_on_the_page() -> None:
+    from tests.k8s.semantics import MADE_BY_HAND
+
+    made = {name for c in of("kubectl") for name in re.findall(r"create secret \w+ (\S+)", c)}
+    assert made == {*MADE_BY_HAND, "roundhouse-huggingface"}
 
 
 def test_everything_but_the_server_is_what_the_page_says(full: Objects) -> None:

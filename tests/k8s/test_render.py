@@ -50,7 +50,7 @@ def test_the_shipped_overlay_is_rendered(tmp_path: Path) -> None:
 
 def test_each_component_can_be_chosen_or_is_implied() -> None:
     shipped = {path.parent.name for path in (ROOT / "k8s/components").glob("*/kustomization.yaml")}
-    implied = {"gpu", "models", "engine-build", "tensor-parallel", "model-download"}
+    implied = {"gpu", "models", "engine-build", "tensor-parallel", "multi-node", "model-download"}
     assert shipped == implied | set(overlay.CHOICES)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from roundhouse.deployment import Deployment, DeploymentError, OpenAi
+from roundhouse.deployment import Deployment, DeploymentError, Gpu, OpenAi
 from roundhouse.kubernetes import mounts, sizes
 from roundhouse.trtllm.commands import TENSORRT_LLM
 
@@ -52,6 +52,8 @@ class Overlay:
     resources: list[str]
     components: list[str] = field(default_factory=list)
     patches: list[Patch] = field(default_factory=list)
+    replacements: list[dict[str, Any]] = field(default_factory=list)
+    transformers: list[str] = field(default_factory=list)  # folders of k8s/
     files: dict[str, str] = field(default_factory=dict)
 
     def resource(self, name: str, content: Any) -> None:
@@ -83,6 +85,8 @@ class Overlay:
             ],
             "patches": self.patches,
             "images": self.images,
+            "replacements": self.replacements,
+            "transformers": [f"{base}/{name}" for name in self.transformers],
         }
         files = {**self.files, "kustomization.yaml": _yaml({k: v for k, v in kustomization.items() if v != []})}
         for name, content in files.items():
@@ -119,6 +123,8 @@ def render(
     overlay.patch("server.yaml", _server(inside, Path(deployment.model.path)))
     if mounts.engine_paths(inside):
         _engine_build(overlay, inside, text + image)
+    if inside.gpu is not None and inside.gpu.nodes > 1:
+        _multi_node(overlay, inside.gpu, chosen)
     if inside.openai is not None and (secrets := _secrets(inside.openai)):
         overlay.patch("secrets.yaml", _pod(*SERVER, secrets))
     if "image-prepull" in chosen and inside.gpu is not None:
@@ -155,6 +161,7 @@ def _implied(inside: Deployment) -> list[str]:
         "gpu": inside.gpu is not None,
         "engine-build": bool(mounts.engine_paths(inside)),
         "tensor-parallel": inside.gpu is not None and inside.gpu.tensor_parallel > 1,
+        "multi-node": inside.gpu is not None and inside.gpu.nodes > 1,
     }
     return [name for name, needed in needs.items() if needed]
 
@@ -204,6 +211,23 @@ def _engine_build(overlay: Overlay, inside: Deployment, inputs: str) -> None:
     overlay.patch("engine-build.yaml", _pod(*ENGINE_BUILD, pod))
     name = f"{ENGINE_BUILD[2]}-{hashlib.sha256(inputs.encode()).hexdigest()[:8]}"
     overlay.change("Job", ENGINE_BUILD[2], {"op": "replace", "path": "/metadata/name", "value": name})
+
+
+def _multi_node(overlay: Overlay, gpu: Gpu, chosen: list[str]) -> None:
+    """A LeaderWorkerSet whose pods are copies of the Deployment's, which then goes (k8s/components/multi-node)."""
+    if refused := [name for name in chosen if name.startswith(("autoscaling", "rollout"))]:
+        raise DeploymentError(
+            f"--with {refused[0]}: not for gpu.nodes > 1; it acts on a Deployment, and this is a group"
+        )
+    slots = {"name": "hosts", "env": [{"name": "GPUS", "value": str(gpu.per_node)}]}
+    overlay.patch("hosts.yaml", _pod(*SERVER, {"initContainers": [slots]}))
+    size = {"op": "replace", "path": "/spec/leaderWorkerTemplate/size", "value": gpu.nodes}
+    overlay.change("LeaderWorkerSet", "roundhouse-group", size)
+    paths = [f"spec.leaderWorkerTemplate.{role}Template" for role in ("leader", "worker")]
+    source = {"kind": "Deployment", "name": "roundhouse", "fieldPath": "spec.template"}
+    targets = [{"select": {"kind": "LeaderWorkerSet"}, "fieldPaths": paths}]
+    overlay.replacements.append({"source": source, "targets": targets})
+    overlay.transformers.append("components/multi-node/transformers")
 
 
 def _secrets(section: OpenAi) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def shm_bytes(deployment: Deployment) -> int:
 
 def pod_gpus(deployment: Deployment) -> int:
     """GPUs of one pod."""
-    return deployment.gpu.count if deployment.gpu is not None else 0
+    return deployment.gpu.per_node if deployment.gpu is not None else 0
 
 
 def server(deployment: Deployment, model: Path) -> dict[str, Any]:

@@ -134,9 +134,9 @@ def check_machine(deployment: Deployment, tools: Toolchain, console: Console) ->
             f"gpu.product: {deployment.gpu.product} has compute capability {wanted.compute_capability}, and this "
             f"machine has {found.name} with {found.compute_capability}; an engine runs only where it was compiled for"
         )
-    if len(tools.gpus) < deployment.gpu.tensor_parallel:
+    if len(tools.gpus) < deployment.gpu.per_node:  # ranks of other machines are compiled here too, one after the other
         raise BuildError(
-            f"gpu.tensor_parallel: {deployment.gpu.tensor_parallel} GPUs are needed to compile, and this machine has "
+            f"gpu.tensor_parallel: {deployment.gpu.per_node} GPUs are needed to compile, and this machine has "
             f"{len(tools.gpus)}"
         )
     if found.product != deployment.gpu.product:
