@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 
 from roundhouse.engine.base import Engine
 from roundhouse.engine.protocol import Feature, Output, Request, Sampling
+from tests.doubles.engines import DOUBLES, write_engine
 from tests.engines import vllm_engines
 
 GREEDY = Sampling(temperature=0.0)
@@ -75,9 +79,37 @@ def make_embedded(model: Path, **settings: object) -> Engine:
     return EmbeddedEngine(EmbeddedConfig(model=model, **settings))  # type: ignore[arg-type]
 
 
+def make_tensorrt_llm(model: Path, **settings: object) -> Engine:
+    """Over the stand-in, unless TensorRT-LLM is installed: then ROUNDHOUSE_TEST_ENGINE names an engine of the model."""
+    use_stand_in()
+    from roundhouse.engine.tensorrt_llm.config import TensorrtLlmConfig
+    from roundhouse.engine.tensorrt_llm.engine import TensorrtLlmEngine
+    from roundhouse.trtllm import engine_folder
+
+    changes = {"tokens_per_block": settings.pop("tokens_per_block"), "max_seq_len": settings["max_seq_len"]}
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.environ.get("ROUNDHOUSE_TEST_ENGINE") or write_engine(Path(folder), model, **changes)
+        config = TensorrtLlmConfig(engine=engine_folder.read(path), partial_reuse=False, **settings)  # type: ignore[arg-type]
+        return TensorrtLlmEngine(config)
+
+
+def use_stand_in() -> None:
+    """Make `tensorrt_llm` the stand-in where there is none, with iterations that can be counted."""
+    if importlib.util.find_spec("tensorrt_llm") is None:
+        sys.path.append(str(DOUBLES))
+    import tensorrt_llm.bindings.executor as trtllm
+
+    if hasattr(trtllm.Executor, "lockstep"):
+        trtllm.Executor.lockstep = True
+
+
 HAS_VLLM = importlib.util.find_spec("vllm") is not None  # it lives in an environment of its own
-ENGINES = tuple(vllm_engines.VARIANTS) if HAS_VLLM else ("synthetic", "embedded")
-MAKERS: dict[str, Callable[..., Engine]] = {"synthetic": make_synthetic, "embedded": make_embedded}
+ENGINES = tuple(vllm_engines.VARIANTS) if HAS_VLLM else ("synthetic", "embedded", "tensorrt_llm")
+MAKERS: dict[str, Callable[..., Engine]] = {
+    "synthetic": make_synthetic,
+    "embedded": make_embedded,
+    "tensorrt_llm": make_tensorrt_llm,
+}
 
 Make = Callable[..., Engine]
 

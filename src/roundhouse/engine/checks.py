@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable
 
 from roundhouse.engine.base import RequestError
-from roundhouse.engine.protocol import EngineInfo, ErrorCode, Feature, Request, Sampling
+from roundhouse.engine.protocol import EngineInfo, ErrorCode, Feature, Request, Retention, Sampling
 
 MAX_SEED = 2**64 - 1
 MAX_TOP_LOG_PROBS = 20  # OpenAI's, and what vLLM allows unless told otherwise
+PRIORITIES = range(101)
 
 
 def check(request: Request, info: EngineInfo) -> None:
@@ -18,6 +19,9 @@ def check(request: Request, info: EngineInfo) -> None:
     _check_ids("prompt", request.prompt, info)
     _check_sampling(request.sampling, info)
     _check_top_log_probs(request)
+    _check_ids("draft_tokens", request.draft_tokens, info)
+    if request.retention is not None:
+        _check_retention(request.retention)
     for feature in _needs(request):
         if feature in info.lacks:
             raise RequestError(ErrorCode.UNSUPPORTED, f"{feature.value}: {info.lacks[feature]}")
@@ -78,6 +82,20 @@ def _check_top_log_probs(request: Request) -> None:
         _refuse("top_log_probs: needs log_probs")
 
 
+def _check_retention(retention: Retention) -> None:
+    for each in retention.ranges:
+        _check_number("retention range start", each.start, each.start >= 0, "0 or more")
+        after = each.end == -1 or each.end > each.start
+        _check_number("retention range end", each.end, after, f"more than its start ({each.start}), or -1 for the rest")
+        _check_number("retention range priority", each.priority, each.priority in PRIORITIES, "0 to 100")
+        _check_number("retention range duration_ms", each.duration_ms, each.duration_ms >= -1, "-1 (for ever) or more")
+    _check_number(
+        "retention decode priority", retention.decode_priority, retention.decode_priority in PRIORITIES, "0 to 100"
+    )
+    duration = retention.decode_duration_ms
+    _check_number("retention decode duration_ms", duration, duration >= -1, "-1 (for ever) or more")
+
+
 def _check_number(field: str, value: float, allowed: bool, rule: str) -> None:
     if not (math.isfinite(value) and allowed):
         _refuse(f"{field}: {value} is not allowed; it must be {rule}")
@@ -102,6 +120,9 @@ def _needs(request: Request) -> Iterable[Feature]:
         Feature.CACHE_SALT: bool(request.cache_salt),
         Feature.GUIDED_DECODING: request.guide is not None,
         Feature.LORA: request.lora_id != 0,
+        Feature.DRAFT_TOKENS: bool(request.draft_tokens),
+        Feature.RETENTION: request.retention is not None,
+        Feature.LORA_WEIGHTS: request.lora_weights is not None,
     }
     return (feature for feature, asked in needed.items() if asked)
 

@@ -20,8 +20,8 @@ def load_engine(deployment: Deployment) -> Engine:
             return _synthetic(deployment, section)
         case VllmEngine() as section:
             return _vllm(deployment, section)
-        case TensorrtLlmEngine():
-            raise EngineError("engine.kind: tensorrt_llm cannot be served yet; choose vllm, transformers or synthetic")
+        case TensorrtLlmEngine() as section:
+            return _tensorrt_llm(deployment, section)
 
 
 def _transformers(deployment: Deployment, section: TransformersEngine) -> Engine:
@@ -77,3 +77,35 @@ def _vllm(deployment: Deployment, section: VllmEngine) -> Engine:
     from roundhouse.engine.vllm.engine import VllmEngine as Vllm
 
     return Vllm(of_deployment(deployment, section))
+
+
+def _tensorrt_llm(deployment: Deployment, section: TensorrtLlmEngine) -> Engine:
+    try:
+        import tensorrt_llm
+        import torch
+    except ImportError as error:
+        raise EngineError(
+            f"engine.kind: tensorrt_llm needs TensorRT-LLM in the engine's environment ({error}); start the image of "
+            "build/, or set ROUNDHOUSE_ENGINE_PYTHON to a Python that has it"
+        ) from error
+    from roundhouse.engine.tensorrt_llm.config import of_deployment
+    from roundhouse.engine.tensorrt_llm.engine import TensorrtLlmEngine as TensorrtLlm
+    from roundhouse.trtllm import gate
+    from roundhouse.trtllm.engine_folder import EngineFolder, EngineFolderError, read
+
+    capability = ".".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else None
+
+    def checked(path: str, role: gate.Role) -> EngineFolder:
+        engine = read(path)
+        gate.enforce(
+            engine, gate.wanted(deployment, role), version=tensorrt_llm.__version__, compute_capability=capability
+        )
+        return engine
+
+    try:
+        engine = checked(section.path, "target")
+        speculative = deployment.speculative
+        draft = checked(speculative.draft_engine, "draft") if speculative and speculative.draft_engine else None
+    except (EngineFolderError, gate.GateError) as error:
+        raise EngineError(str(error)) from error
+    return TensorrtLlm(of_deployment(deployment, section, engine, draft))

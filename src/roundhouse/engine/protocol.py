@@ -55,6 +55,7 @@ class Feature(StrEnum):
     BEAM_SEARCH = "beam_search"
     GUIDED_DECODING = "guided_decoding"
     LORA = "lora"
+    LORA_WEIGHTS = "lora_weights"
     CONTEXT_LOGITS = "context_logits"
     GENERATION_LOGITS = "generation_logits"
     DRAFT_TOKENS = "draft_tokens"
@@ -100,6 +101,37 @@ class Guide(msgspec.Struct, frozen=True):
     text: str = ""
 
 
+class RetentionRange(msgspec.Struct, frozen=True, array_like=True):
+    """Prompt tokens from `start` up to `end` (-1: all the rest). `priority`: 0 to 100; `duration_ms`: -1 for ever."""
+
+    start: int
+    end: int
+    priority: int
+    duration_ms: int = -1
+
+
+class Retention(msgspec.Struct, frozen=True, array_like=True):
+    """How long cached KV blocks are kept: those of the lowest priority go first; 35 is normal.
+
+    `decode_priority` and `decode_duration_ms` are for the blocks of the answer; -1 for ever.
+    """
+
+    ranges: tuple[RetentionRange, ...] = ()
+    decode_priority: int = 35
+    decode_duration_ms: int = -1
+
+
+class LoraWeights(msgspec.Struct, frozen=True, array_like=True):
+    """An adapter that a request brings; the engine keeps it, and later requests name it by `lora_id` alone.
+
+    weights: float16 `[rows, columns]`, the bytes of its rows one after another. config: int32 `[rows, 3]`: module,
+    layer, adapter size of each row.
+    """
+
+    weights: bytes
+    config: tuple[tuple[int, int, int], ...]
+
+
 class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     """One sequence to generate.
 
@@ -113,6 +145,8 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
         priority: higher is scheduled earlier; 0 is normal.
         cache_salt: prompts share KV blocks only within one salt.
         lora_id: of a LoRA adapter of the deployment; 0 is none.
+        draft_tokens: a guess at the answer's first tokens, which the engine checks in one step.
+        lora_weights: of the adapter, if the engine is to learn it from this request.
         arrival_ns: when the front got it.
         deadline_ns: dropped with FinishReason.TIMEOUT after it; 0 is never.
     """
@@ -128,6 +162,9 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     cache_salt: str = ""
     guide: Guide | None = None
     lora_id: int = 0
+    draft_tokens: tuple[int, ...] = ()
+    retention: Retention | None = None
+    lora_weights: LoraWeights | None = None
     arrival_ns: int = 0
     deadline_ns: int = 0
 

@@ -35,6 +35,7 @@ LACKS = {
     Feature.TOP_LOG_PROBS: f"{_NOTHING}, so no other token has a probability",
     Feature.BEAM_SEARCH: f"{_NOTHING}, so there is nothing to search",
     Feature.GUIDED_DECODING: f"{_NOTHING}, so there is nothing to guide",
+    Feature.LORA_WEIGHTS: "the synthetic engine has no weights to adapt",
     Feature.LORA: "the synthetic engine has no weights to adapt",
     Feature.CONTEXT_LOGITS: _NOTHING,
     Feature.GENERATION_LOGITS: _NOTHING,

@@ -26,6 +26,7 @@ from roundhouse.engine.scheduler import Scheduler
 LACKS = {
     Feature.BEAM_SEARCH: "the embedded engine samples single sequences only; use an engine with beam search",
     Feature.GUIDED_DECODING: "the embedded engine has no grammar backend; use an engine with guided decoding",
+    Feature.LORA_WEIGHTS: "the embedded engine loads one set of weights; merge the adapter into the model folder",
     Feature.LORA: "the embedded engine loads one set of weights; merge the adapter into the model folder",
     Feature.CONTEXT_LOGITS: "the embedded engine computes logits of the last prompt token only",
     Feature.GENERATION_LOGITS: "the embedded engine reports log probabilities, not whole rows of logits",

@@ -39,6 +39,7 @@ from roundhouse.engine.vllm.config import VllmConfig, engine_arguments
 from roundhouse.engine.vllm.sampling import sampling_params
 
 LACKS = {
+    Feature.LORA_WEIGHTS: "adapters are those of the deployment; name one by lora_task_id",
     Feature.BEAM_SEARCH: "vLLM's engine core samples single sequences only; ask for several sequences instead",
     Feature.CONTEXT_LOGITS: "vLLM gives log probabilities, not rows of logits",
     Feature.GENERATION_LOGITS: "vLLM gives log probabilities, not rows of logits",

@@ -1,0 +1,3 @@
+from tensorrt_llm.bindings import executor
+
+__all__ = ["executor"]
