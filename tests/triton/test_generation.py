@@ -175,7 +175,6 @@ class TestRefusals:
         "inputs",
         [
             {"beam_width": 2},
-            {"lora_task_id": 1},
             {"return_context_logits": True},
             {"return_generation_logits": True},
             {"decoder_text_input": "x"},
@@ -187,8 +186,8 @@ class TestRefusals:
         assert error.code is ErrorCode.UNSUPPORTED
         assert error.message.startswith(next(iter(inputs)) + ": ")
 
-    def test_adapters_are_named_by_id_and_never_sent(self) -> None:
-        info = msgspec.structs.replace(INFO, lacks={})
+    def test_adapters_are_named_by_id_and_sent_only_where_the_engine_takes_them(self) -> None:
+        info = msgspec.structs.replace(INFO, lacks={Feature.LORA_WEIGHTS: "adapters are those of the deployment"})
         assert text(info, lora_task_id=7).request.lora_id == 7
         assert text(info).request.lora_id == 0
         for inputs, message in (

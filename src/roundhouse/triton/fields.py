@@ -19,6 +19,10 @@ def refuse(message: str) -> NoReturn:
     raise RequestError(ErrorCode.INVALID_ARGUMENT, message)
 
 
+def refuse_feature(label: str, reason: str) -> NoReturn:
+    raise RequestError(ErrorCode.UNSUPPORTED, f"{label}: {reason}")
+
+
 class Fields:
     """The inputs of one prompt. Absent inputs and inputs without elements are the same: the default applies.
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import msgspec
 import numpy as np
 
 from roundhouse.engine import checks
-from roundhouse.engine.base import RequestError
-from roundhouse.engine.protocol import EngineInfo, ErrorCode, Feature, Guide, Request, Sampling
+from roundhouse.engine.protocol import EngineInfo, Feature, Guide, Request, Retention, Sampling
 from roundhouse.text.stop_words import decode_word_list, embedding_bias, word_ids
 from roundhouse.text.tokenizer import Tokenizer
-from roundhouse.triton.fields import Fields, refuse
+from roundhouse.triton import extras
+from roundhouse.triton.fields import Fields, refuse, refuse_feature
 
 # Field name -> tensor name of the `tensorrt_llm` model, where that differs from the ensemble's.
 TENSORRT_LLM_NAMES = {
@@ -26,7 +25,6 @@ TENSORRT_LLM_NAMES = {
     "stop_words": "stop_words_list",
     "bad_words": "bad_words_list",
 }
-LORA_BY_ID = "adapters are those of the deployment; name one by lora_task_id"
 GUIDE_KINDS = ("json", "json_schema", "regex", "ebnf_grammar")
 MAX_SEQUENCES = 128  # samples of one prompt
 MAX_WORDS = 1024  # stop words or bad words of one prompt
@@ -83,7 +81,8 @@ def from_text(
     if fields.string("decoder_text_input"):
         refuse_feature(fields.label("decoder_text_input"), "the model is decoder-only: put the text into text_input")
     if fields.integer("num_draft_tokens"):
-        _refuse_lacking(fields, "num_draft_tokens", Feature.DRAFT_TOKENS, info)
+        reason = "the server drafts by itself where its deployment has `speculative`; leave it out"
+        refuse_feature(fields.label("num_draft_tokens"), info.lacks.get(Feature.DRAFT_TOKENS, reason))
     prompt = tokenizer.encode(text, add_special_tokens=special_tokens)
     bias = biased_words(fields, tokenizer, info.vocab_size)
     return _generation(
@@ -103,22 +102,9 @@ def from_tokens(fields: Fields, tokenizer: Tokenizer, info: EngineInfo, *, ensem
 
     Raises RequestError.
     """
-    for name, feature in (
-        ("draft_input_ids", Feature.DRAFT_TOKENS),
-        ("draft_logits", Feature.DRAFT_TOKENS),
-        ("draft_acceptance_threshold", Feature.DRAFT_TOKENS),
-        ("retention_token_range_starts", Feature.RETENTION),
-        ("retention_token_range_ends", Feature.RETENTION),
-        ("retention_token_range_priorities", Feature.RETENTION),
-        ("retention_token_range_durations_ms", Feature.RETENTION),
-        ("retention_decode_priority", Feature.RETENTION),
-        ("retention_decode_duration_ms", Feature.RETENTION),
-        ("lookahead_window_size", Feature.LOOKAHEAD),
-        ("lookahead_ngram_size", Feature.LOOKAHEAD),
-        ("lookahead_verification_set_size", Feature.LOOKAHEAD),
-    ):
+    for name in ("lookahead_window_size", "lookahead_ngram_size", "lookahead_verification_set_size"):
         if fields.array(name) is not None:
-            _refuse_lacking(fields, name, feature, info)
+            extras.refuse_lacking(fields, name, Feature.LOOKAHEAD, info)
     for name in ("runtime_top_p_min", "runtime_top_p_decay", "runtime_top_p_reset_ids"):
         if fields.array(name) is not None:
             refuse_feature(fields.label(name), "top_p decay is not offered; leave it out")
@@ -137,6 +123,8 @@ def from_tokens(fields: Fields, tokenizer: Tokenizer, info: EngineInfo, *, ensem
         bad_words=_word_list(fields, "bad_words"),
         bias=_nonzero(bias),
         echo=echo,
+        draft_tokens=extras.draft_tokens(fields, info),
+        retention=extras.retention(fields, info),
     )
 
 
@@ -183,10 +171,6 @@ def biased_words(fields: Fields, tokenizer: Tokenizer, vocab_size: int) -> np.nd
         refuse(str(error))
 
 
-def refuse_feature(label: str, reason: str) -> NoReturn:
-    raise RequestError(ErrorCode.UNSUPPORTED, f"{label}: {reason}")
-
-
 def _generation(
     fields: Fields,
     info: EngineInfo,
@@ -197,6 +181,8 @@ def _generation(
     bad_words: list[list[int]],
     bias: dict[int, float],
     echo: bool,
+    draft_tokens: tuple[int, ...] = (),
+    retention: Retention | None = None,
 ) -> Generation:
     _refuse_unsupported(fields, info)
     max_tokens = fields.integer("max_tokens")
@@ -220,7 +206,10 @@ def _generation(
         priority=fields.integer("priority") or 0,
         cache_salt=fields.string("cache_salt") or "",
         guide=_guide(fields),
-        lora_id=_lora_id(fields),
+        lora_id=extras.lora_id(fields, info),
+        lora_weights=extras.lora_weights(fields, info),
+        draft_tokens=draft_tokens,
+        retention=retention,
     )
     checks.check(request, info)
     return Generation(
@@ -270,33 +259,16 @@ def _guide(fields: Fields) -> Guide | None:
     return Guide(kind, text)
 
 
-def _lora_id(fields: Fields) -> int:
-    given = fields.integer("lora_task_id")
-    if given == 0:
-        refuse(f"{fields.label('lora_task_id')}: 0 is not allowed; it must be the id of an adapter of this deployment")
-    return given or 0
-
-
 def _refuse_unsupported(fields: Fields, info: EngineInfo) -> None:
     beams = fields.integer("beam_width")
     if beams is not None and beams < 1:
         refuse(f"beam_width: {beams} is not allowed; it must be 1")
     if beams is not None and beams > 1:
-        _refuse_lacking(fields, "beam_width", Feature.BEAM_SEARCH, info)
-    if fields.array("lora_task_id") is not None and Feature.LORA in info.lacks:
-        _refuse_lacking(fields, "lora_task_id", Feature.LORA, info)
-    for name in ("lora_weights", "lora_config"):
-        if fields.array(name) is not None:
-            refuse_feature(fields.label(name), info.lacks.get(Feature.LORA, LORA_BY_ID))
+        extras.refuse_lacking(fields, "beam_width", Feature.BEAM_SEARCH, info)
     if fields.flag("return_context_logits"):
-        _refuse_lacking(fields, "return_context_logits", Feature.CONTEXT_LOGITS, info)
+        extras.refuse_lacking(fields, "return_context_logits", Feature.CONTEXT_LOGITS, info)
     if fields.flag("return_generation_logits"):
-        _refuse_lacking(fields, "return_generation_logits", Feature.GENERATION_LOGITS, info)
-
-
-def _refuse_lacking(fields: Fields, name: str, feature: Feature, info: EngineInfo) -> None:
-    reason = info.lacks.get(feature, f"this server does not pass it on to the {info.engine} engine")
-    refuse_feature(fields.label(name), reason)
+        extras.refuse_lacking(fields, "return_generation_logits", Feature.GENERATION_LOGITS, info)
 
 
 def _end_ids(

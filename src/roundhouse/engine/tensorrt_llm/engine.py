@@ -43,6 +43,7 @@ LACKS = {
     "ask for return_log_probs",
     Feature.GENERATION_LOGITS: "a row of logits is as long as the vocabulary, and none is passed on; "
     "ask for return_log_probs",
+    Feature.TOP_LOG_PROBS: "the executor reports the chosen token's log probability only; ask for return_log_probs",
     Feature.LOOKAHEAD: "engines are not compiled for lookahead decoding; leave it out",
 }
 NO_LORA = "the engine was compiled without a LoRA plugin; merge the adapter into the checkpoint, or compile with one"
