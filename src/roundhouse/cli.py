@@ -234,6 +234,48 @@ def bench(
 
 
 @app.command()
+def tune(
+    deployment: DeploymentPath,
+    scenario: Annotated[str, typer.Option(help="a name in loadtests/scenarios, or a path")] = "fixed-512-256",
+    streams: Annotated[str, typer.Option(help="a closed loop instead of the scenario's load")] = "",
+    rate: Annotated[str, typer.Option(help="an open loop of so many requests a second")] = "",
+    goal: Annotated[str, typer.Option(help="goodput or tokens; default: goodput if the deployment has an SLO")] = "",
+    minutes: Annotated[float, typer.Option(help="how long it may take in all")] = 10,
+    trials: Annotated[int | None, typer.Option(help="new trials at most; default: as time allows")] = None,
+    seconds: Annotated[float, typer.Option(help="measured time of each trial")] = 6,
+    warm_up: Annotated[float, typer.Option(help="seconds of load before it")] = 2,
+    repeats: Annotated[int, typer.Option(help="runs of start and tuned deployment at the end")] = 3,
+    processes: Annotated[int | None, typer.Option(help="client processes; default: half of the cores")] = None,
+    prompts: Annotated[int, typer.Option(help="different sessions of each trial")] = 1000,
+    model: Annotated[str, typer.Option(help="the model that is asked")] = "ensemble",
+    output: Annotated[Path | None, typer.Option(help="folder; one that holds trials is gone on with")] = None,
+) -> None:
+    """Search a deployment's settings on your load; ends with the tuned file, all trials, a report, and advice."""
+    try:
+        from roundhouse.tune import command
+    except ImportError as error:
+        print(f"roundhouse tune: {error}; scripts/setup --dev installs what it needs", file=sys.stderr)
+        raise typer.Exit(1) from None
+    asked = command.Asked(
+        deployment=deployment,
+        scenario=scenario,
+        streams=streams,
+        rate=rate,
+        goal=goal,
+        minutes=minutes,
+        trials=trials,
+        seconds=seconds,
+        warm_up=warm_up,
+        repeats=repeats,
+        processes=processes,
+        prompts=prompts,
+        model=model,
+        output=output,
+    )
+    raise typer.Exit(command.tune(asked))
+
+
+@app.command()
 def quickstart(
     prompt: Annotated[str, typer.Option(help="what to ask")] = "a happy story in English about a rabbit in the garden:",
     once: Annotated[bool, typer.Option("--once", help="stop after the answer")] = False,

@@ -20,11 +20,11 @@ figure { margin: 0; } figure svg { width: 100%; height: auto; }
 """
 
 
-def html(result: dict[str, Any]) -> str:
-    """The report of what Benchmark.as_json gives."""
+def html(result: dict[str, Any], first: str = "") -> str:
+    """The report of what Benchmark.as_json gives, with other HTML before it."""
     return (
         "<!doctype html>\n<html lang='en'><meta charset='utf-8'><title>roundhouse bench</title>"
-        f"<style>{STYLE}</style>\n<body>\n" + "\n".join(_sections(result)) + "\n</body></html>\n"
+        f"<style>{STYLE}</style>\n<body>\n{first}\n" + "\n".join(_sections(result)) + "\n</body></html>\n"
     )
 
 
@@ -40,10 +40,10 @@ def _sections(result: dict[str, Any]) -> Iterator[str]:
         "medians of the runs, with the half width of the 95 % confidence interval where there are several.</p>"
     )
     yield from (f"<p>{escape(line)}</p>" for line in tables.capacity(result))
-    yield _table(tables.overview(result))
+    yield table(tables.overview(result))
     if len(names) > 1:
         yield "<h2>Comparison</h2><p>Below 1 is less, above 1 is more; in brackets the 95 % confidence interval.</p>"
-        yield _table(tables.comparison(result))
+        yield table(tables.comparison(result))
     figures = (
         f"<figure><figcaption>{title}</figcaption>{plots.render(draw, result)}</figure>"
         for title, draw in plots.PLOTS.items()
@@ -51,7 +51,7 @@ def _sections(result: dict[str, Any]) -> Iterator[str]:
     yield f"<h2>Plots</h2><div class='plots'>{''.join(figures)}</div>"
     yield "<h2>Percentiles</h2>"
     for cell in result["results"]:
-        yield f"<h3>{escape(cell['target'])}, {escape(cell['level'])}</h3>{_table(tables.percentiles(cell))}"
+        yield f"<h3>{escape(cell['target'])}, {escape(cell['level'])}</h3>{table(tables.percentiles(cell))}"
     yield "<h2>Client, server, doubts</h2><ul>"
     for line in tables.notes(result):
         yield f"<li{' class=warning' if line.startswith('warning') else ''}>{escape(line)}</li>"
@@ -60,8 +60,9 @@ def _sections(result: dict[str, Any]) -> Iterator[str]:
     yield f"<pre>{escape(json.dumps(about, indent=1))}</pre>"
 
 
-def _table(table: tables.Table) -> str:
-    header, rows = table
+def table(content: tables.Table) -> str:
+    """A table as HTML."""
+    header, rows = content
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"

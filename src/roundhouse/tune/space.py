@@ -1,0 +1,139 @@
+"""What can be tuned: the keys of a deployment that change its speed, and the values that are worth a try."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from roundhouse import deployment as deployments
+from roundhouse import plan as planning
+from roundhouse.deployment import Deployment
+
+PATHS = ("model.path", "model.tokenizer", "engine.path", "speculative.draft_model", "speculative.draft_engine")
+MEMORY_SHARE = 0.7  # of the memory that is free, for the KV cache of an engine without a GPU
+
+
+class DoesNotFitError(Exception):
+    """A deployment would not fit into memory. The message says what does."""
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A key of the deployment file, and its values; None: the key is left out."""
+
+    key: str
+    values: tuple[Any, ...]
+
+
+def knobs(deployment: Deployment) -> list[Knob]:
+    """The knobs of this deployment's engine. The value that it has now is always among a knob's values."""
+    found = [
+        Knob("limits.max_batch_size", (4, 8, 16, 32, 64, 128, 256)),
+        Knob("limits.max_num_tokens", (256, 512, 1024, 2048, 4096, 8192)),
+        Knob("scheduling.chunked_prefill", (True, False)),
+        Knob("kv_cache.reuse", (True, False)),
+        Knob("kv_cache.tokens_per_block", (16, 32, 64)),
+        Knob("fronts.responses_per_second", (250, 500, 1000, 2000, 4000)),
+        *_ENGINES[deployment.engine.kind],
+    ]
+    cores = os.cpu_count() or 1
+    if cores >= 4:
+        found += [Knob("fronts.tensorrt_llm", (1, 2, 4)), Knob("fronts.preprocessing", (1, 2, 4))]
+    if deployment.speculative is not None:
+        found.append(Knob("speculative.draft_tokens", (2, 3, 5, 8)))
+    return [_with_current(knob, value(deployment, knob.key)) for knob in found]
+
+
+# tokens_per_block and, for compiled engines, the limits are fixed when the engine is built: those are not searched.
+_ENGINES: dict[str, tuple[Knob, ...]] = {
+    "synthetic": (),
+    "transformers": (Knob("precision.kv_cache", ("auto", "bfloat16")),),
+    "vllm": (
+        Knob("precision.kv_cache", ("auto", "fp8")),
+        Knob("engine.memory_fraction", (0.8, 0.9, 0.94)),
+        Knob("engine.ngram.draft_tokens", (None, 3, 5)),
+    ),
+}
+
+
+def _with_current(knob: Knob, now: Any) -> Knob:
+    return knob if now in knob.values else Knob(knob.key, (now, *knob.values))
+
+
+def value(deployment: Deployment, key: str) -> Any:
+    """What stands at a key path; None where it or a section of it is absent."""
+    at: Any = deployment
+    for part in key.split("."):
+        at = getattr(at, part, None)
+    return at
+
+
+def override(raw: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a parsed deployment file with other values. None takes a key away, and a section that is then empty."""
+    changed = copy.deepcopy(raw)
+    for key, wanted in values.items():
+        *sections, last = key.split(".")
+        path = [changed]
+        for section in sections:
+            path.append(path[-1].setdefault(section, {}))
+        if wanted is not None:
+            path[-1][last] = wanted
+            continue
+        path[-1].pop(last, None)
+        for parent, section in reversed(list(zip(path, sections, strict=False))):
+            if not parent[section]:
+                del parent[section]
+    return changed
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The file as it stands, its paths made absolute. Raises DeploymentError."""
+    parsed = deployments.load(path)
+    raw: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    given = {key for key in PATHS if _has(raw, key)}
+    return override(raw, {key: value(parsed, key) for key in given})
+
+
+def relative_to(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The deployment as a file in `folder` says it."""
+    given = {key: _get(raw, key) for key in PATHS if _has(raw, key)}
+    return override(raw, {key: os.path.relpath(path, folder) for key, path in given.items()})
+
+
+def _has(raw: dict[str, Any], key: str) -> bool:
+    return _get(raw, key) is not None
+
+
+def _get(raw: Any, key: str) -> Any:
+    for part in key.split("."):
+        raw = raw.get(part) if isinstance(raw, dict) else None
+    return raw
+
+
+def check_fits(deployment: Deployment) -> None:
+    """Asks the memory planner, before anything is started. Raises DoesNotFitError."""
+    if deployment.gpu is not None:
+        try:
+            planning.plan(deployment)
+        except planning.PlanError as error:
+            raise DoesNotFitError(str(error)) from error
+        return
+    if deployment.engine.kind != "transformers" or deployment.limits.max_seq_len is None:
+        return
+    try:
+        shape = planning.Shape.read(Path(deployment.model.path))
+    except planning.PlanError:
+        return  # not Llama-like: the engine will tell
+    tokens = deployment.kv_cache.tokens or deployment.limits.max_batch_size * deployment.limits.max_seq_len
+    precision = "bfloat16" if deployment.precision.kv_cache == "bfloat16" else "float32"
+    needed, free = tokens * shape.kv_bytes_per_token(precision), psutil.virtual_memory().available
+    if needed > MEMORY_SHARE * free:
+        raise DoesNotFitError(
+            f"a KV cache of {tokens:,} tokens takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+        )

@@ -1,0 +1,211 @@
+"""The search finds what is fast, gives up what is slow, survives what breaks, and goes on where it was ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from roundhouse import deployment as deployments
+from roundhouse.bench.scenario import Closed
+from roundhouse.deployment import Deployment
+from roundhouse.tune import report, settle, space
+from roundhouse.tune.search import OtherStudyError, Search
+from roundhouse.tune.space import DoesNotFitError
+from roundhouse.tune.trials import Bench, BrokenError, Clock, attempt
+
+ROOT = Path(__file__).resolve().parents[2]
+POOR = {
+    "model": {"path": str(ROOT / "models/tiny")},
+    "engine": {"kind": "transformers"},
+    "limits": {"max_batch_size": 4, "max_seq_len": 1024},
+    "kv_cache": {"reuse": False},
+}
+BENCH = Bench(Closed(kind="closed", streams=16), [], None, "tokens", 1, 0, 1, "ensemble")
+
+
+def parsed(raw: dict[str, Any]) -> Deployment:
+    return deployments.parse(raw, source="test", base=ROOT)
+
+
+def figures(rate: float) -> dict[str, Any]:
+    return {
+        "output_tokens_per_second": rate, "goodput": None, "tokens_per_second_per_user": {"p50": 5.0}, "ttft_ms": {},
+        "tpot_ms": {}, "failed": 0,
+    }  # fmt: skip
+
+
+def modelled(raw: dict[str, Any], bench: Bench, checkpoint: Callable[[int, float], None]) -> dict[str, Any]:
+    """A server whose speed is known: batches up to 64, reuse, nothing else; larger batches kill it."""
+    deployment = parsed(raw)
+    if deployment.limits.max_batch_size > 64:
+        raise BrokenError("out of memory")
+    rate = 100.0 * deployment.limits.max_batch_size * (1.5 if deployment.kv_cache.reuse else 1.0)
+    for step in range(2):
+        checkpoint(step, rate)
+    return figures(rate)
+
+
+def search(folder: Path, raw: dict[str, Any] | None = None) -> Search:
+    deployment = parsed(raw or POOR)
+    return Search(folder, raw or POOR, deployment, space.knobs(deployment), {"level": "16 streams"})
+
+
+def run(one: Search, limit: int, try_: Any = modelled) -> list[dict[str, Any]]:
+    told: list[dict[str, Any]] = []
+    one.run(BENCH, Clock(5), 0, limit, told.append, try_)
+    return told
+
+
+def test_it_finds_what_is_fast(tmp_path: Path) -> None:
+    one = search(tmp_path)
+    told = run(one, 40)
+    best = one.best()
+    assert best is not None
+    assert told[0]["changed"] == {}, "the start is measured first"
+    assert best.params["limits.max_batch_size"] == 64
+    assert best.params["kv_cache.reuse"] is True
+    states = {record["state"] for record in told}
+    assert states == {"measured", "given up", "broken"}
+    assert all(record["why"] == "out of memory" for record in told if record["state"] == "broken")
+
+
+def test_it_goes_on_after_its_own_end(tmp_path: Path) -> None:
+    def ends(raw: dict[str, Any], bench: Bench, checkpoint: Any) -> dict[str, Any]:
+        if deployments.parse(raw, source="test", base=ROOT).limits.max_batch_size == 64:
+            raise KeyboardInterrupt
+        return modelled(raw, bench, checkpoint)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(search(tmp_path), 30, ends)
+    again = search(tmp_path)
+    before = again.records()
+    assert [record["state"] for record in before][-1] == "broken", "the trial that it ended in"
+    run(again, 5)
+    assert len(again.records()) == len(before) + 5
+    assert again.records()[: len(before)] == before
+    with pytest.raises(OtherStudyError, match="choose another folder"):
+        search(tmp_path, {**POOR, "limits": {"max_batch_size": 8, "max_seq_len": 1024}})
+
+
+def test_what_does_not_matter_stays_as_it_was() -> None:
+    deployment = parsed(POOR)
+    start = {knob.key: space.value(deployment, knob.key) for knob in space.knobs(deployment)}
+    found = {**start, "limits.max_batch_size": 64, "kv_cache.reuse": True, "kv_cache.tokens_per_block": 64}
+    told: list[settle.Effect] = []
+    kept, effects = settle.settle(POOR, start, found, 9600, BENCH, Clock(5), 0, modelled, told.append)
+    assert kept == {"limits.max_batch_size": 64, "kv_cache.reuse": True}
+    assert effects == told
+    assert {effect.key: effect.factor for effect in effects} == {
+        "limits.max_batch_size": 16, "kv_cache.reuse": 1.5, "kv_cache.tokens_per_block": 1,
+    }  # fmt: skip
+    gained = [{"level": "16 streams", "start": 4.0, "tuned": 8.0, "ratio": 2.0, "from": 1.9, "to": 2.1}]
+    lines = list(settle.advice(effects, gained, [], "goodput"))
+    assert lines[0] == "16 streams: goodput 4.00 before, 8.00 tuned: 2.00 x (95 %: 1.9 to 2.1)"
+    assert lines[1] == "limits.max_batch_size: 4 -> 64: without it the score falls to 6 %"
+    assert "stays 32" in lines[3]
+    assert len(lines) == 4, "it pays at every load, so there is nothing more to say"
+
+
+def test_advice_says_where_it_does_not_pay() -> None:
+    gained = [
+        {"level": "4 streams", "start": 4.0, "tuned": 3.9, "ratio": 0.98, "from": None, "to": None},
+        {"level": "16 streams", "start": 0.0, "tuned": 8.0, "ratio": None, "from": None, "to": None},
+    ]
+    effect = settle.Effect("engine.ngram.draft_tokens", None, 3, 1.4, kept=True)
+    lines = list(settle.advice([effect], gained, [{"state": "broken", "why": "out of memory\nmore"}], "goodput"))
+    assert "engine.ngram.draft_tokens: unset -> 3: without it the score falls to 71 %" in lines
+    assert "the new settings pay at 16 streams; with another load, tune again" in lines
+    assert lines[-1] == "did not work: out of memory"
+
+
+def test_the_planner_is_asked_before_anything_starts() -> None:
+    huge = space.override(POOR, {"kv_cache.tokens": 10**12})
+    with pytest.raises(BrokenError, match=r"GiB, and .* are free"):
+        attempt(huge, BENCH)
+    gpu = yaml.safe_load((ROOT / "deployments/local-cpu.yaml").read_text())
+    gpu["engine"] = {"kind": "vllm"}
+    gpu["scheduling"] = {"policy": "max_utilization"}
+    gpu["gpu"] = {"product": "NVIDIA-H200"}
+    gpu["kv_cache"] = {"tokens": 10**12}
+    gpu["model"] = {"path": str(ROOT / "models/tiny")}
+    with pytest.raises(DoesNotFitError, match=r"kv_cache\.tokens: .* do not fit"):
+        space.check_fits(parsed(gpu))
+    with pytest.raises(BrokenError, match="max_num_tokens"):
+        attempt(space.override(POOR, {"limits.max_num_tokens": 2}), BENCH)
+
+
+KEYS = st.sampled_from(["limits.queue", "kv_cache.reuse", "engine.ngram.draft_tokens", "slo.ttft_ms", "engine.kind"])
+
+
+@given(st.dictionaries(KEYS, st.integers(1, 9)))
+def test_overrides_can_be_taken_back(values: dict[str, int]) -> None:
+    raw = {"model": {"path": "x"}, "limits": {"max_batch_size": 3}}
+    changed = space.override(raw, values)
+    for key, wanted in values.items():
+        assert space._get(changed, key) == wanted
+    assert changed["limits"]["max_batch_size"] == 3
+    assert space.override(changed, dict.fromkeys(values)) == raw
+
+
+TUNED = [path for path in sorted((ROOT / "deployments").glob("*.yaml")) if "kind: tensorrt_llm" not in path.read_text()]
+
+
+@pytest.mark.parametrize("path", TUNED, ids=lambda path: path.stem)
+def test_every_value_of_a_knob_can_be_written(path: Path) -> None:
+    deployment = deployments.load(path)
+    raw = space.read(path)
+    for knob in space.knobs(deployment):
+        assert space.value(deployment, knob.key) in knob.values
+        for wanted in knob.values:
+            roomy = {"limits.max_num_tokens": 8192, knob.key: wanted}
+            if knob.key == "limits.max_num_tokens":
+                roomy = {"limits.max_batch_size": 64, knob.key: wanted}
+            assert space.value(parsed(space.override(raw, roomy)), knob.key) == wanted
+
+
+def test_a_tuned_file_keeps_its_relative_paths(tmp_path: Path) -> None:
+    raw = space.read(ROOT / "deployments/local-cpu.yaml")
+    moved = space.relative_to(raw, tmp_path / "out")
+    assert not Path(moved["model"]["path"]).is_absolute()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/tuned.yaml").write_text(yaml.safe_dump(moved))
+    assert deployments.load(tmp_path / "out/tuned.yaml") == deployments.load(ROOT / "deployments/local-cpu.yaml")
+
+
+RECORDS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=12)
+
+
+@given(RECORDS)
+def test_nothing_beats_the_pareto_front(points: list[tuple[int, int]]) -> None:
+    records = [
+        {"trial": number, "score": 1.0, "figures": {"tokens_per_second_per_user": one, "tokens_per_second": all_}}
+        for number, (one, all_) in enumerate(points)
+    ]
+    front = [points[record["trial"]] for record in report.front(records)]
+    for point in points:
+        beaten = any(other[0] >= point[0] and other[1] >= point[1] and other != point for other in points)
+        assert (point in front) == (not beaten)
+
+
+def test_the_plot_of_a_tuning(tmp_path: Path) -> None:
+    one = search(tmp_path)
+    run(one, 12)
+    assert "Pareto front" in report.pareto(one.records())
+    _, rows = report.table(json.loads(json.dumps(one.records())))
+    assert len(rows) == len(one.records())
+    assert any("given up" in row or "out of memory" in row[-1] for row in rows)
+
+
+def test_a_trial_that_lags_is_given_up(tmp_path: Path) -> None:
+    one = search(tmp_path)
+    run(one, 40)
+    lagging = [record for record in one.records() if record["state"] == "given up"]
+    assert lagging
+    assert all("less than half" in record["why"] for record in lagging)
