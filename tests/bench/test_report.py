@@ -78,6 +78,13 @@ def test_the_tables(measured: dict[str, Any]) -> None:
     assert command.exit_code(measured, check_slo=True) == 1
 
 
+def test_one_run_gives_a_ratio_without_an_interval(measured: dict[str, Any]) -> None:
+    for cell in measured["results"]:
+        cell["runs"] = cell["runs"][:1]
+    header, rows = tables.comparison(measured)
+    assert rows[0][header.index("TTFT p50 ↓")] == "9.00"
+
+
 def test_the_report_stands_alone(measured: dict[str, Any]) -> None:
     page = report.html(measured)
     assert len(re.findall("<svg", page)) == len(plots.PLOTS)

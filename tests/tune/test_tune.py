@@ -154,10 +154,7 @@ def test_overrides_can_be_taken_back(values: dict[str, int]) -> None:
     assert space.override(changed, dict.fromkeys(values)) == raw
 
 
-TUNED = [path for path in sorted((ROOT / "deployments").glob("*.yaml")) if "kind: tensorrt_llm" not in path.read_text()]
-
-
-@pytest.mark.parametrize("path", TUNED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "deployments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_value_of_a_knob_can_be_written(path: Path) -> None:
     deployment = deployments.load(path)
     raw = space.read(path)
@@ -167,7 +164,10 @@ def test_every_value_of_a_knob_can_be_written(path: Path) -> None:
             roomy = {"limits.max_num_tokens": 8192, knob.key: wanted}
             if knob.key == "limits.max_num_tokens":
                 roomy = {"limits.max_batch_size": 64, knob.key: wanted}
-            assert space.value(parsed(space.override(raw, roomy)), knob.key) == wanted
+            try:
+                assert space.value(parsed(space.override(raw, roomy)), knob.key) == wanted
+            except deployments.DeploymentError as error:
+                assert "unknown key" not in str(error), "only values that contradict others are refused"
 
 
 def test_a_tuned_file_keeps_its_relative_paths(tmp_path: Path) -> None:
@@ -208,4 +208,4 @@ def test_a_trial_that_lags_is_given_up(tmp_path: Path) -> None:
     run(one, 40)
     lagging = [record for record in one.records() if record["state"] == "given up"]
     assert lagging
-    assert all("less than half" in record["why"] for record in lagging)
+    assert all("less than the median" in record["why"] for record in lagging)

@@ -108,7 +108,7 @@ def _times(first: list[Any], other: list[Any], path: tuple[str, ...]) -> str:
     if found is None:
         return "-"
     middle, low, high = found
-    if high / low > TOO_WIDE:
+    if low <= 0 or high / low > TOO_WIDE:
         return f"{middle:.2f} (too few runs)" if len(first) > 1 else f"{middle:.2f}"
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 

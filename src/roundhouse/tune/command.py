@@ -82,8 +82,6 @@ class Tuning:
         self.console = console
         self.clock = Clock(asked.minutes)
         deployment = deployments.load(asked.deployment)
-        if deployment.engine.kind == "tensorrt_llm":
-            raise UsageError("engine.kind: tensorrt_llm cannot be served yet, hence not tuned")
         chosen = scenario.load(asked.scenario)
         chosen.check(deployment.limits.max_seq_len, asked.scenario)
         self.bench = self._bench(deployment, chosen)

@@ -102,7 +102,7 @@ class Search:
         def checkpoint(step: int, rate: float) -> None:
             trial.report(rate, step)
             if trial.should_prune():
-                raise GivenUpError(f"{rate:.0f} tokens/s so far, less than half of the trials before it")
+                raise GivenUpError(f"{rate:.0f} tokens/s so far, less than the median of the trials before it")
 
         try:
             run = attempt(override(self.raw, values), bench, checkpoint)

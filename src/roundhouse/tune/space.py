@@ -34,14 +34,17 @@ class Knob:
 def knobs(deployment: Deployment) -> list[Knob]:
     """The knobs of this deployment's engine. The value that it has now is always among a knob's values."""
     found = [
-        Knob("limits.max_batch_size", (4, 8, 16, 32, 64, 128, 256)),
-        Knob("limits.max_num_tokens", (256, 512, 1024, 2048, 4096, 8192)),
-        Knob("scheduling.chunked_prefill", (True, False)),
         Knob("kv_cache.reuse", (True, False)),
-        Knob("kv_cache.tokens_per_block", (16, 32, 64)),
+        Knob("scheduling.chunked_prefill", (True, False)),
         Knob("fronts.responses_per_second", (250, 500, 1000, 2000, 4000)),
         *_ENGINES[deployment.engine.kind],
     ]
+    if deployment.engine.kind != "tensorrt_llm":  # a compiled engine has them fixed; each value would need a build
+        found += [
+            Knob("limits.max_batch_size", (4, 8, 16, 32, 64, 128, 256)),
+            Knob("limits.max_num_tokens", (256, 512, 1024, 2048, 4096, 8192)),
+            Knob("kv_cache.tokens_per_block", (16, 32, 64)),
+        ]
     cores = os.cpu_count() or 1
     if cores >= 4:
         found += [Knob("fronts.tensorrt_llm", (1, 2, 4)), Knob("fronts.preprocessing", (1, 2, 4))]
@@ -50,10 +53,13 @@ def knobs(deployment: Deployment) -> list[Knob]:
     return [_with_current(knob, value(deployment, knob.key)) for knob in found]
 
 
-# tokens_per_block and, for compiled engines, the limits are fixed when the engine is built: those are not searched.
 _ENGINES: dict[str, tuple[Knob, ...]] = {
     "synthetic": (),
-    "transformers": (Knob("precision.kv_cache", ("auto", "bfloat16")),),
+    "transformers": (Knob("precision.kv_cache", ("auto", "bfloat16")), Knob("engine.threads", (None, 1))),
+    "tensorrt_llm": (
+        Knob("kv_cache.free_memory_fraction", (0.8, 0.9, 0.95)),
+        Knob("scheduling.policy", ("guaranteed_no_evict", "max_utilization")),
+    ),
     "vllm": (
         Knob("precision.kv_cache", ("auto", "fp8")),
         Knob("engine.memory_fraction", (0.8, 0.9, 0.94)),
