@@ -25,6 +25,8 @@ OTHERS = {
     "inference-gateway": f"registry.example/picker@{DIGEST}",
 }
 AUTOSCALERS = ("autoscaling-hpa", "autoscaling-keda")
+# One on CPUs, one compiled for several GPUs with a draft model, one on a GPU engine that is not compiled.
+WITH_EACH_ALONE = ("local-cpu", "llama-3-70b-2xh100-speculative", "llama-3-8b-h200-vllm")
 Objects = list[dict[str, Any]]
 
 
@@ -43,13 +45,17 @@ class Combination:
 
 
 def combinations() -> list[Combination]:
-    """Each shipped deployment with nothing, with each component, and with all that go together."""
-    chosen: list[tuple[str, ...]] = [(), *((name,) for name in overlay.CHOICES)]
-    for autoscaler in AUTOSCALERS:
-        chosen.append(tuple(c for c in overlay.CHOICES if c not in AUTOSCALERS or c == autoscaler))
-    names = sorted(path.stem for path in (ROOT / "deployments").glob("*.yaml"))
-    made = [Combination(name, components) for name in names for components in chosen]
-    return [c for c in made if "vllm-comparison" not in c.components or c.load().gpu is not None]
+    """Each shipped deployment with nothing and with all components that go together; some with each alone."""
+    chosen = [tuple(c for c in overlay.CHOICES if c not in AUTOSCALERS or c == scaler) for scaler in AUTOSCALERS]
+    made = []
+    for name in sorted(path.stem for path in (ROOT / "deployments").glob("*.yaml")):
+        gpu = Combination(name, ()).load().gpu is not None
+        alone = [(component,) for component in overlay.CHOICES] if name in WITH_EACH_ALONE else []
+        for components in [(), *alone, *chosen]:
+            fitting = tuple(c for c in components if gpu or c != "vllm-comparison")
+            if fitting or not components:
+                made.append(Combination(name, fitting))
+    return made
 
 
 def downloads(deployment: Deployment) -> tuple[str, ...]:

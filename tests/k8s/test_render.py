@@ -255,8 +255,8 @@ def test_an_objective_becomes_an_alert(everything: dict[Any, Objects]) -> None:
         'roundhouse:time_to_first_token_seconds:p95{namespace="roundhouse"} > 0.5',
         'roundhouse:inter_token_latency_seconds:p95{namespace="roundhouse"} > 0.05',
     ]
-    without = everything[Combination(GPU, ("monitoring",))]
-    assert load(GPU).slo is None
+    without = everything[Combination("llama-3-8b-h200-vllm", ("monitoring",))]
+    assert load("llama-3-8b-h200-vllm").slo is None
     assert [o["metadata"]["name"] for o in of_kind(without, "PrometheusRule")] == ["roundhouse"]
 
 

@@ -25,7 +25,7 @@ SLOW = {
     "engine": {"kind": "synthetic", "tokens_per_second_per_sequence": 40},
     "limits": {"max_batch_size": 16, "max_seq_len": 2048},
 }
-OPTIONS = ["--streams=8", "--max-tokens=240", "--timeout=120"]  # six seconds a stream
+OPTIONS = ["--streams=8", "--max-tokens=160", "--timeout=120"]  # four seconds a stream
 
 
 @pytest.fixture
