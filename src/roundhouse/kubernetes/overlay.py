@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from roundhouse.deployment import Deployment, DeploymentError, Gpu, OpenAi
+from roundhouse.deployment import Deployment, DeploymentError, Gpu, OpenAi, Slo
 from roundhouse.kubernetes import mounts, sizes
 from roundhouse.trtllm.commands import TENSORRT_LLM
 
@@ -37,7 +37,6 @@ OTHER_IMAGES = {
     "vllm-comparison": ("vllm", "--vllm-image"),
     "inference-gateway": ("endpoint-picker", "--endpoint-picker-image"),
 }
-CONFIGURATION = ("deployment.yaml",)  # files that become ConfigMaps
 ENGINE_BUILD = "batch/v1", "Job", "roundhouse-engine-build"
 SERVER = "apps/v1", "Deployment", "roundhouse"
 Patch = dict[str, Any]
@@ -78,11 +77,9 @@ class Overlay:
             "namespace": self.namespace,
             "resources": [name if name in self.files else f"{base}/{name}" for name in self.resources],
             "components": [f"{base}/components/{name}" for name in self.components],
-            "configMapGenerator": [
-                {"name": f"roundhouse-{Path(name).stem}", "files": [name]}
-                for name in CONFIGURATION
-                if name in self.files
-            ],
+            "configMapGenerator": [{"name": "roundhouse-deployment", "files": ["deployment.yaml"]}]
+            if "deployment.yaml" in self.files
+            else [],
             "patches": self.patches,
             "images": self.images,
             "replacements": self.replacements,
@@ -116,13 +113,29 @@ def render(
     if "openai" in chosen and deployment.openai is None:
         deployment = deployment.model_copy(update={"openai": OpenAi()})
     inside = mounts.mounted(deployment, trtllm_version)
-    text = _yaml(inside.model_dump(exclude_none=True, exclude_defaults=True))
     images = [_image("roundhouse", image, "--image"), *_others(chosen, _with_locust(image, chosen, other_images or {}))]
-    overlay = Overlay(namespace, images, ["base"], [*_implied(inside), *(c for c in chosen if c != "load-test")])
-    overlay.files["deployment.yaml"] = text
-    overlay.patch("server.yaml", _server(inside, Path(deployment.model.path)))
+    text = _yaml(inside.model_dump(exclude_none=True, exclude_defaults=True))
+    overlays = {
+        target: _server_overlay(inside, Path(deployment.model.path), chosen, Overlay(namespace, images, ["base"]))
+    }
+    if "autoscaling-keda" in chosen:
+        _keda_namespace(overlays[target], k8s)
     if mounts.engine_paths(inside):
-        _engine_build(overlay, inside, text + image)
+        _engine_build(overlays[target], inside, text + image)
+    if "load-test" in chosen:
+        overlays[target / "load-test"] = _load_test(inside, Overlay(namespace, images, []))
+    for overlay in overlays.values():
+        overlay.files["deployment.yaml"] = text
+    if downloads:
+        overlays[target / "model-download"] = _model_download(inside, Overlay(namespace, images[:1], []), downloads)
+    for folder, overlay in overlays.items():
+        overlay.write(folder, k8s)
+
+
+def _server_overlay(inside: Deployment, model: Path, chosen: list[str], overlay: Overlay) -> Overlay:
+    """The server and what is beside it. `model`: the model's folder on this machine."""
+    overlay.components += [*_implied(inside), *(name for name in chosen if name != "load-test")]
+    overlay.patch("server.yaml", _server(inside, model))
     if inside.gpu is not None and inside.gpu.nodes > 1:
         _multi_node(overlay, inside.gpu, chosen)
     if inside.openai is not None and (secrets := _secrets(inside.openai)):
@@ -130,17 +143,10 @@ def render(
     if "image-prepull" in chosen and inside.gpu is not None:
         overlay.patch("image.yaml", _pod("apps/v1", "DaemonSet", "roundhouse-image", _affinity(inside)))
     if "monitoring" in chosen and inside.slo is not None:
-        overlay.resource("slo-rules.yaml", _slo_rules(inside, namespace))
-    if "autoscaling-keda" in chosen:
-        _keda_namespace(overlay, k8s, namespace)
+        overlay.resource("slo-rules.yaml", _slo_rules(inside.slo, overlay.namespace))
     if "vllm-comparison" in chosen:
         _vllm(overlay, inside)
-    download = _model_download(inside, namespace, images[:1], downloads) if downloads else None
-    overlay.write(target, k8s)
-    if download is not None:
-        download.write(target / "model-download", k8s)
-    if "load-test" in chosen:
-        _load_test(inside, namespace, images, text).write(target / "load-test", k8s)
+    return overlay
 
 
 def _chosen(components: tuple[str, ...]) -> list[str]:
@@ -246,13 +252,12 @@ def _secrets(section: OpenAi) -> dict[str, Any]:
     return {"containers": [container], "volumes": volumes} if volumes else {}
 
 
-def _slo_rules(inside: Deployment, namespace: str) -> dict[str, Any]:
+def _slo_rules(slo: Slo, namespace: str) -> dict[str, Any]:
     """Alerts for the deployment's service level objectives."""
-    assert inside.slo is not None
     page = 'docs/operations.md, "An objective is missed"'
     objectives = {
-        "RoundhouseTimeToFirstToken": ("roundhouse:time_to_first_token_seconds:p95", inside.slo.ttft_ms),
-        "RoundhouseInterTokenLatency": ("roundhouse:inter_token_latency_seconds:p95", inside.slo.itl_ms),
+        "RoundhouseTimeToFirstToken": ("roundhouse:time_to_first_token_seconds:p95", slo.ttft_ms),
+        "RoundhouseInterTokenLatency": ("roundhouse:inter_token_latency_seconds:p95", slo.itl_ms),
     }
     rules = [
         {
@@ -275,12 +280,12 @@ def _slo_rules(inside: Deployment, namespace: str) -> dict[str, Any]:
     }
 
 
-def _keda_namespace(overlay: Overlay, k8s: Path, namespace: str) -> None:
+def _keda_namespace(overlay: Overlay, k8s: Path) -> None:
     """Kustomize does not look into queries."""
     component = yaml.safe_load((k8s / "components/autoscaling-keda/scaled-object.yaml").read_text(encoding="utf-8"))
     operations = []
     for index, trigger in enumerate(component["spec"]["triggers"]):
-        query = trigger["metadata"]["query"].replace('namespace="roundhouse"', f'namespace="{namespace}"')
+        query = trigger["metadata"]["query"].replace('namespace="roundhouse"', f'namespace="{overlay.namespace}"')
         operations.append({"op": "replace", "path": f"/spec/triggers/{index}/metadata/query", "value": query})
     overlay.change("ScaledObject", "roundhouse", *operations)
 
@@ -309,26 +314,24 @@ def _vllm(overlay: Overlay, inside: Deployment) -> None:
     overlay.change("Deployment", "vllm", *({"op": "add", "path": path, "value": value} for value in arguments))
 
 
-def _model_download(
-    inside: Deployment, namespace: str, images: list[dict[str, str]], repositories: tuple[str, ...]
-) -> Overlay:
+def _model_download(inside: Deployment, overlay: Overlay, repositories: tuple[str, ...]) -> Overlay:
     """A kustomization of its own, for checkpoints must be there before the rest makes sense."""
     wanted = mounts.models_on_volume(inside)
     for repository in repositories:
         if mounts.model_path(repository) not in wanted:
             names = ", ".join(sorted(Path(path).name for path in wanted)) or "none"
             raise DeploymentError(f"--download {repository}: the deployment reads no such model (it reads: {names})")
-    overlay = Overlay(namespace, images, ["base/namespace", "components/models/volume"], ["model-download"])
+    overlay.resources += ["base/namespace", "components/models/volume"]
+    overlay.components.append("model-download")
     variable = {"name": "REPOSITORIES", "value": " ".join(repositories)}
     pod = {"containers": [{"name": "download", "env": [variable]}]}
     overlay.patch("download.yaml", _pod("batch/v1", "Job", "roundhouse-model-download", pod))
     return overlay
 
 
-def _load_test(inside: Deployment, namespace: str, images: list[dict[str, str]], text: str) -> Overlay:
+def _load_test(inside: Deployment, overlay: Overlay) -> Overlay:
     """A kustomization of its own: it runs when it is applied, not whenever the server is."""
-    overlay = Overlay(namespace, images, [], ["load-test"])
-    overlay.files["deployment.yaml"] = text
+    overlay.components.append("load-test")
     if mounts.models_on_volume(inside):
         claim = {"name": "models", "persistentVolumeClaim": {"claimName": "roundhouse-models", "readOnly": True}}
         pod = {"containers": [_models("locust")], "volumes": [claim]}
