@@ -11,7 +11,8 @@ streams start at once, and each sends its next request when it has its answer. C
 same machine.
 
 ROUNDHOUSE_ENGINE_PYTHON names the interpreter that has vLLM (default: this one). Writes
-docs/benchmarks/gpu-PRECISION.json (what was not asked for keeps its figures) and a plot.
+docs/benchmarks/gpu-PRECISION.json (what was not asked for keeps its figures); scripts/gpu_report.py makes plots and a
+page of them, also on another machine.
 """
 
 from __future__ import annotations
@@ -389,7 +390,7 @@ def step_engine(path: str, streams: str, out: str) -> None:
 def target_vllm(model: Path, prompts: Prompts, args: argparse.Namespace, name: str) -> dict[str, Any]:
     port = free_port()
     command = [ENGINE_PYTHON, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", name]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--load-format", "dummy", "--generation-config", "vllm"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--load-format", "dummy"]
     command += ["--max-model-len", str(SETTINGS["max_seq_len"]), "--max-num-seqs", str(SETTINGS["max_batch_size"])]
     command += ["--max-num-batched-tokens", str(SETTINGS["max_num_tokens"])]
     command += ["--gpu-memory-utilization", str(SETTINGS["memory_fraction"])]
@@ -474,25 +475,6 @@ def versions() -> dict[str, str]:
     return dict(zip(("torch", "vllm"), given[-2:], strict=False))
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (rate, first) = pyplot.subplots(1, 2, figsize=(11, 4))
-    for name, points in result["targets"].items():
-        streams = sorted(points, key=int)
-        rate.plot(streams, [points[key]["tokens_per_second"] for key in streams], marker="o", label=name)
-        first.plot(streams, [points[key]["ttft_ms"]["p50"] for key in streams], marker="o", label=name)
-    rate.set(xlabel="streams", ylabel="tokens/s", ylim=(0, None))
-    first.set(xlabel="streams", ylabel="TTFT p50, ms", yscale="log")
-    rate.legend()
-    figure.suptitle(f"Llama-3-8B shape, {result['precision']}, {result['hardware']['gpu']}")
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=("bf16", "fp8"), default="fp8")
@@ -528,10 +510,7 @@ def main() -> None:
         for target, points in measured.items():
             result["targets"].setdefault(target, {}).update(points)
         path.write_text(json.dumps(result, indent=1) + "\n")
-    if result["targets"]:
-        with suppress(ImportError):  # a GPU host without matplotlib keeps the JSON; --targets '' draws it elsewhere
-            plot(result, path.with_suffix(".png"))
-    print(f"written to {path}")
+    print(f"written to {path}; scripts/gpu_report.py draws the plots and writes the page")
 
 
 if __name__ == "__main__":

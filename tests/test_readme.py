@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import gpu_report
 import pytest
 from typer.testing import CliRunner
 
@@ -67,6 +68,13 @@ def test_the_figures_are_the_measured_ones() -> None:
     for row in rows:
         assert f"| {row[0]} | {row[1]} |" in README
     assert f"({alone:,.0f} tokens/s)" in README
+
+
+def test_the_gpu_figures_are_the_measured_ones() -> None:
+    assert "\n".join(gpu_report.summary()) in README
+    at_256 = {name: points["256"] for name, points in gpu_report.read("fp8")["targets"].items()}
+    ensemble, fused = (round(at_256[name]["chunks_per_answer"]) for name in ("ensemble", "tensorrt_llm_bls"))
+    assert f"it sends {ensemble} an answer, `tensorrt_llm_bls` {fused}." in README
 
 
 def test_the_figures_of_the_openai_door_are_the_measured_ones() -> None:
