@@ -6,6 +6,7 @@ SIGTERM drains: open answers are finished, new requests are refused, then the pr
 from __future__ import annotations
 
 import logging
+import resource
 import socket
 import sys
 import time
@@ -72,6 +73,8 @@ def listener(address: str, port: int, *, shared: bool) -> socket.socket:
 def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("roundhouse").setLevel(logging.INFO)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each client is an open file; 1024 is a usual default
     settings = msgspec.json.decode(sys.argv[1], type=Settings)
     parsed = deployment.load(settings.deployment)
     door = Door(parsed, settings.server_pid, settings.metrics_url)
