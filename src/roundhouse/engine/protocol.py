@@ -8,6 +8,7 @@ Times are `time.monotonic_ns()` values: on Linux that clock is the same in every
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
 
 import msgspec
@@ -167,6 +168,16 @@ class Request(msgspec.Struct, frozen=True, omit_defaults=True):
     lora_weights: LoraWeights | None = None
     arrival_ns: int = 0
     deadline_ns: int = 0
+
+    def samples(self, count: int) -> Iterator[Request]:
+        """One request for each sample. A given seed counts up, so that the samples differ, the same each time."""
+        seed = self.sampling.seed
+        for index in range(count):
+            if index == 0 or seed is None:
+                yield self
+            else:
+                sampling = msgspec.structs.replace(self.sampling, seed=(seed + index) % 2**64)
+                yield msgspec.structs.replace(self, sampling=sampling)
 
 
 class Perf(msgspec.Struct, frozen=True, array_like=True):

@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 
-from roundhouse.engine.protocol import FinishReason
 from roundhouse.openai import chat
 from roundhouse.openai.answer import Answer, Choice, Piece
 from roundhouse.text.detokenize import Detokenizer
@@ -57,7 +56,7 @@ class Format(ABC):
         self._tokens = tokens
         self._usage = usage
         self._continuous = continuous
-        before, after = encode({**self._head, "object": self.chunk_kind, "choices": []}).split(b"[]")
+        before, after = encode({**self._head, "object": self.chunk_kind, "choices": []}).rsplit(b"[]", 1)
         self._before = b"data: " + before + b'[{"index":'
         self._after = b"]" + (b',"usage":null' if usage else b"") + after + b"\n\n"
 
@@ -96,20 +95,14 @@ class Format(ABC):
 
     def body(self, answer: Answer) -> bytes:
         """The whole answer."""
-        choices = [
-            self.whole(answer, choice, choice.piece(), self.finish_reason(choice) or "stop")
-            for choice in answer.choices
-        ]
+        choices = [self.whole(answer, choice, choice.piece(), self.finish_reason(choice)) for choice in answer.choices]
         return encode({**self._head, "object": self.kind, "choices": choices, "usage": usage(answer)})
 
     def token_text(self, token: int) -> str:
         return self._tokens.token_bytes(token).decode(errors="replace")
 
     def finish_reason(self, choice: Choice) -> str | None:
-        reason = choice.finish_reason
-        if reason is None:
-            return None
-        return "length" if reason in (FinishReason.LENGTH, FinishReason.TIMEOUT) else "stop"
+        return choice.finish_reason.value if choice.finish_reason is not None else None
 
     def _event(self, choices: list[dict[str, Any]], counted: dict[str, Any] | None) -> bytes:
         told = {"usage": counted} if self._usage or self._continuous else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,19 +163,8 @@ def _ask(
     for prompt in prompts:
         request = msgspec.structs.replace(shared, prompt=prompt.ids)
         _check(request, info, "messages" if isinstance(body, Chat) else "prompt")
-        requests += samples(request, n)
+        requests += request.samples(n)
     return Ask(tuple(requests), tuple(p for p in prompts for _ in range(n)), words, n, echo, log_probs)
-
-
-def samples(request: Request, n: int) -> Iterator[Request]:
-    """A given seed counts up, so that the samples differ, the same each time."""
-    seed = request.sampling.seed
-    for index in range(n):
-        if seed is None or not index:
-            yield request
-        else:
-            numbered = msgspec.structs.replace(request.sampling, seed=(seed + index) % 2**64)
-            yield msgspec.structs.replace(request, sampling=numbered)
 
 
 def sampling(body: Generate) -> Sampling:
@@ -208,7 +197,7 @@ def _stops(body: Generate, tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple
     A special token has no text in an answer: it can only be stopped at by its id.
     """
     given = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    special = {token.content: id for id, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    special = tokenizer.special_tokens
     words = tuple(word for word in given if word not in special)
     ids = [special[word] for word in given if word in special]
     return words, (*ids, *(body.stop_token_ids or ()))

@@ -80,6 +80,11 @@ class Tokenizer:
         """Characters of the longest token: no text has fewer tokens than its length divided by this."""
         return max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
 
+    @cached_property
+    def special_tokens(self) -> Mapping[str, int]:
+        """The tokens that leave no text in an answer, with their ids."""
+        return {token.content: id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
     @property
     def has_chat_template(self) -> bool:
         return "default" in self._settings.chat_templates

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 
 from roundhouse.engine import checks
@@ -54,20 +53,8 @@ class Generation:
     count_output: bool = False
 
     def engine_requests(self) -> Iterator[Request]:
-        """One engine request for each sample. A given seed counts up, so that the samples differ, the same each time.
-
-        Their ids are 0 still.
-        """
-        seed = self.request.sampling.seed
-        for index in range(self.sequences):
-            if index == 0 or seed is None:
-                yield self.request
-            else:
-                yield with_seed(self.request, (seed + index) % 2**64)
-
-
-def with_seed(request: Request, seed: int) -> Request:
-    return msgspec.structs.replace(request, sampling=msgspec.structs.replace(request.sampling, seed=seed))
+        """One engine request for each sample. Their ids are 0 still."""
+        return self.request.samples(self.sequences)
 
 
 def from_text(
