@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from roundhouse.environment import overridden
 from roundhouse.gpus import PRODUCTS
 
 CALIBRATION_SETS = ("cnn_dailymail", "pileval")  # the names that TensorRT-LLM's quantize.py knows; else a folder
@@ -386,7 +387,7 @@ _ENGINE_RULES: dict[str, Callable[[Deployment], None]] = {
 
 
 def load(path: Path | str) -> Deployment:
-    """Read and check a deployment file. Its relative paths become absolute ones.
+    """Read and check a deployment file, with what the environment overrides. Its relative paths become absolute ones.
 
     Raises DeploymentError with one line per problem.
     """
@@ -399,7 +400,14 @@ def load(path: Path | str) -> Deployment:
         raise DeploymentError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise DeploymentError(f"{path}: must be a mapping with the keys {', '.join(Deployment.model_fields)}")
-    return parse(raw, source=str(path), base=path.resolve().parent)
+    try:
+        raw, overrides = overridden(raw, os.environ)
+        return parse(raw, source=str(path), base=path.resolve().parent)
+    except ValueError as error:
+        raise DeploymentError(f"{path}: {error}") from None
+    except DeploymentError as error:
+        set_by = "\n(the environment overrides the file: " + ", ".join(overrides) + ")" if overrides else ""
+        raise DeploymentError(f"{error}{set_by}") from None
 
 
 def parse(raw: dict[str, Any], *, source: str, base: Path) -> Deployment:
