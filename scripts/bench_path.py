@@ -15,7 +15,6 @@ import asyncio
 import json
 import multiprocessing
 import os
-import platform
 import random
 import signal
 import socket
@@ -35,6 +34,8 @@ from typing import Any
 import numpy as np
 import psutil
 import yaml
+
+from roundhouse.bench.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "docs/benchmarks"
@@ -404,12 +405,6 @@ def plot(part: str, result: dict[str, Any], path: Path) -> None:
     axes.set_title(f"Serving path: {part}")
     figure.tight_layout()
     figure.savefig(path)
-
-
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version()}
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.server.conftest import Server, write_deployment
+from tests.server.conftest import Server, free_ports, write_deployment
 
 LOADED = {
     "engine": {"kind": "synthetic", "tokens_per_second": 4000, "tokens_per_second_per_sequence": 200},
@@ -15,8 +15,17 @@ LOADED = {
 }
 
 
+class Loaded(Server):
+    """With the OpenAI-compatible door."""
+
+    openai_url: str
+
+
 @pytest.fixture(scope="session")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
     folder = tmp_path_factory.mktemp("loaded")
-    with Server(write_deployment(folder, LOADED), folder / "server.log") as server:
+    (port,) = free_ports(1)
+    door = ("--openai", "--openai-port", str(port))
+    with Loaded(write_deployment(folder, LOADED), folder / "server.log", *door) as server:
+        server.openai_url = f"127.0.0.1:{port}"
         yield server

@@ -17,7 +17,7 @@ import pytest
 import requests
 import yaml
 
-from tests.loadtests.conftest import LOADED
+from tests.loadtests.conftest import LOADED, Loaded
 from tests.server.client import metrics, until
 from tests.server.conftest import Server, free_ports, write_deployment
 
@@ -82,6 +82,16 @@ def test_streaming_users(loaded: Server, short: Path, tmp_path: Path, client: st
         ours, requests_ = int(found[row]["Request Count"]), int(found["request"]["Request Count"])
         assert 0 < ours == requests_, f"{row}: one entry a request, and no part in Aggregated"
     assert "TTFT" in (tmp_path / "run.html").read_text()
+
+
+def test_openai_users_of_our_own_door(loaded: Loaded, short: Path, tmp_path: Path) -> None:
+    options = ("--client", "openai", "--model", "tiny")
+    result = locust(tmp_path, short, loaded.openai_url, *options, deployment=loaded.deployment)
+    assert result.code == 0, result.output
+    assert result.summary["finished"] > 4
+    assert result.summary["tpot_ms"]["p50"] == pytest.approx(5, rel=0.6)
+    tokens = result.summary["output_tokens_per_second"] * result.summary["seconds"]
+    assert tokens >= result.summary["finished"] * SHORT["answer"], "counted as the server counts"
 
 
 def test_unary_users_have_no_first_token(loaded: Server, short: Path, tmp_path: Path) -> None:
