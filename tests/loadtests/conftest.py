@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
+import requests
 
-from tests.server.conftest import Server, free_ports, write_deployment
+from tests.server.client import until
+from tests.server.conftest import Server, write_deployment
 
 LOADED = {
     "engine": {"kind": "synthetic", "tokens_per_second": 4000, "tokens_per_second_per_sequence": 200},
@@ -15,17 +18,16 @@ LOADED = {
 }
 
 
-class Loaded(Server):
-    """With the OpenAI-compatible door."""
-
-    openai_url: str
-
-
 @pytest.fixture(scope="session")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With the OpenAI-compatible door."""
     folder = tmp_path_factory.mktemp("loaded")
-    (port,) = free_ports(1)
-    door = ("--openai", "--openai-port", str(port))
-    with Loaded(write_deployment(folder, LOADED), folder / "server.log", *door) as server:
-        server.openai_url = f"127.0.0.1:{port}"
+    with Server(write_deployment(folder, LOADED), folder / "server.log", "--openai") as server:
+        until(lambda: _opened(server), 60, "the door is open")
         yield server
+
+
+def _opened(server: Server) -> bool:
+    with suppress(requests.ConnectionError):
+        return requests.get(f"{server.openai_url}/ready", timeout=5).ok
+    return False

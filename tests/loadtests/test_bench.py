@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.loadtests.conftest import LOADED, Loaded
+from tests.loadtests.conftest import LOADED
 from tests.loadtests.test_locustfile import scenario_file
-from tests.server.conftest import write_deployment
+from tests.server.conftest import Server, write_deployment
 
 pytestmark = pytest.mark.server
 
@@ -25,12 +25,12 @@ def bench(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess[str]
     return done, json.loads(found.read_text()) if found.exists() else {}
 
 
-def test_protocols_of_a_running_server_side_by_side(loaded: Loaded, tmp_path: Path) -> None:
+def test_protocols_of_a_running_server_side_by_side(loaded: Server, tmp_path: Path) -> None:
     scenario = scenario_file(tmp_path, {"kind": "closed", "streams": 4}, shared_prefix={"tokens": 128})
-    metrics = loaded.metrics_url.rpartition(":")[2]
+    metrics, door = loaded.metrics_url.rpartition(":")[2], loaded.openai_url.removeprefix("http://")
     done, result = bench(
         tmp_path, "--compare", f"grpc://{loaded.grpc_url}?metrics={metrics}",
-        f"{loaded.http_url}/tensorrt_llm_bls?metrics={metrics}", f"openai://{loaded.openai_url}/tiny?metrics={metrics}",
+        f"{loaded.http_url}/tensorrt_llm_bls?metrics={metrics}", f"openai://{door}/tiny?metrics={metrics}",
         "--deployment", str(loaded.deployment), "--scenario", str(scenario), "--processes", "2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

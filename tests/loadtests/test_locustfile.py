@@ -17,7 +17,7 @@ import pytest
 import requests
 import yaml
 
-from tests.loadtests.conftest import LOADED, Loaded
+from tests.loadtests.conftest import LOADED
 from tests.server.client import metrics, until
 from tests.server.conftest import Server, free_ports, write_deployment
 
@@ -84,7 +84,7 @@ def test_streaming_users(loaded: Server, short: Path, tmp_path: Path, client: st
     assert "TTFT" in (tmp_path / "run.html").read_text()
 
 
-def test_openai_users_of_our_own_door(loaded: Loaded, short: Path, tmp_path: Path) -> None:
+def test_openai_users_of_our_own_door(loaded: Server, short: Path, tmp_path: Path) -> None:
     options = ("--client", "openai", "--model", "tiny")
     result = locust(tmp_path, short, loaded.openai_url, *options, deployment=loaded.deployment)
     assert result.code == 0, result.output
