@@ -53,8 +53,6 @@ LOAD_FAILED = 3  # exit code
 STUCK = 4  # exit code
 HEARTBEAT_SECONDS = 0.1
 SEND_QUEUE = 2000  # messages that may wait for a front before it is dropped
-HOLD_STREAMS = 16  # a front with more streams than this in a step
-HOLD_SECONDS = 0.02  # gets the tokens of as many steps together as come nearest to this time
 SLICE = 256  # messages that are read between two steps
 OUTLIVE_SECONDS = 5.0  # for the engine to end by itself once the server is gone
 
@@ -95,8 +93,12 @@ def merged(first: Output, second: Output) -> Output:
 
 
 class Host:
-    def __init__(self, engine: Engine, folder: Path, secret: str, server_pid: int) -> None:
+    def __init__(
+        self, engine: Engine, folder: Path, secret: str, server_pid: int, responses_per_second: float = 4000
+    ) -> None:
+        """`responses_per_second`: what one front can send."""
         self._engine = engine
+        self._responses_per_second = responses_per_second
         self._path = folder / runtime.SOCKET
         self._socket = bind(self._path)
         self._secret = secret
@@ -248,7 +250,8 @@ class Host:
                 urgent.add(front)
         now = time.monotonic()
         for front in list(self._fronts.values()):
-            wait = HOLD_SECONDS - self._step_seconds / 2 if len(front.held) > HOLD_STREAMS else 0.0
+            # As many steps together as come nearest to what the front can send: sooner it would only be woken in vain.
+            wait = len(front.held) / self._responses_per_second - self._step_seconds / 2
             if front.held and (front in urgent or now - front.delivered >= wait):
                 front.delivered = now
                 theirs, front.held = list(front.held.values()), {}
@@ -351,7 +354,8 @@ def main() -> int:
     os.umask(0o077)
     _end_after(args.server_pid, args.folder)
     try:
-        engine = load_engine(deployment.load(args.deployment))
+        settings = deployment.load(args.deployment)
+        engine = load_engine(settings)
     except (EngineError, deployment.DeploymentError) as error:
         runtime.write_private(args.folder / runtime.FAILURE, str(error))
         print(f"engine: cannot be loaded: {error}", file=sys.stderr, flush=True)
@@ -360,7 +364,8 @@ def main() -> int:
         runtime.write_private(args.folder / runtime.FAILURE, f"unexpected {type(error).__name__}: {error}")
         print(f"engine: unexpected error while loading\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return LOAD_FAILED
-    host = Host(engine, args.folder, runtime.read(args.folder / runtime.SECRET), args.server_pid)
+    secret = runtime.read(args.folder / runtime.SECRET)
+    host = Host(engine, args.folder, secret, args.server_pid, settings.fronts.responses_per_second)
     signal.signal(signal.SIGTERM, lambda *_: setattr(host, "stopping", True))
     server_gone = host.run()
     if host.stuck:

@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 
 class Pace:
-    """A token bucket over responses: `rate` a second, with bursts of `rate / 50`.
+    """A token bucket over responses: `rate` a second, with bursts of up to a quarter of a second's.
 
     Taking is always allowed and may leave the bucket in debt; `wait` says for how long nothing more should be sent.
     """
 
     def __init__(self, rate: float, now: float) -> None:
         self._rate = rate
-        self._burst = max(rate / 50, 1.0)
+        self._burst = max(rate / 4, 1.0)
         self._level = self._burst
         self._then = now
 
