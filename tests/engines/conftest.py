@@ -197,6 +197,16 @@ def run_one(engine: Engine, one: Request) -> Answer:
     return run(engine, one)[one.id]
 
 
+def tokens_a_step(engine: Engine) -> int:
+    """That one sequence may gain: more than one if the engine drafts."""
+    return int(getattr(engine, "tokens_a_step", 1))
+
+
+def blocks(engine: Engine, tokens: int) -> int:
+    """KV blocks that hold so many tokens."""
+    return -(-tokens // engine.info.tokens_per_block)
+
+
 def needs(engine: Engine, *features: Feature) -> None:
     """Skip the test if the engine says that it lacks one of them; another test checks that it then refuses."""
     for feature in features:

@@ -9,7 +9,21 @@ import pytest
 
 from roundhouse.engine.base import Engine, RequestError
 from roundhouse.engine.protocol import ErrorCode, Feature, FinishReason, Guide, Sampling
-from tests.engines.conftest import GREEDY, VOCAB_SIZE, Answer, Make, drain, needs, prompt, request, run, run_one
+from tests.engines.conftest import (
+    GREEDY,
+    HAS_VLLM,
+    VOCAB_SIZE,
+    Answer,
+    Make,
+    blocks,
+    drain,
+    needs,
+    prompt,
+    request,
+    run,
+    run_one,
+    tokens_a_step,
+)
 
 FAR = 3_600_000_000_000  # an hour, in nanoseconds
 
@@ -30,8 +44,7 @@ def test_idle_engine_does_nothing(engine: Engine) -> None:
 def test_info_describes_the_limits(engine: Engine) -> None:
     info = engine.info
     assert (info.max_batch_size, info.max_seq_len, info.vocab_size) == (8, 256, VOCAB_SIZE)
-    assert info.tokens_per_block == 16
-    assert info.max_blocks == 2048 // 16
+    assert info.max_blocks == blocks(engine, 2048)
     assert all(reason.strip() for reason in info.lacks.values())
 
 
@@ -51,7 +64,7 @@ def test_any_prompt_length(engine: Engine, length: int) -> None:
 
 def test_streams_token_by_token(engine: Engine) -> None:
     answer = run_one(engine, request(1, max_tokens=10))
-    assert len(answer.outputs) >= 5
+    assert len(answer.outputs) >= 10 / tokens_a_step(engine)
 
 
 def test_one_sequence_to_max_seq_len(engine: Engine) -> None:
@@ -157,7 +170,7 @@ def test_perf(engine: Engine) -> None:
     assert perf is not None
     assert perf.arrival_ns == before
     assert before <= perf.first_scheduled_ns <= perf.first_token_ns <= perf.last_token_ns <= time.monotonic_ns()
-    assert perf.new_blocks == 4  # 59 tokens have keys and values, 16 a block
+    assert perf.new_blocks == blocks(engine, 59)  # so many tokens have keys and values
     assert (perf.reused_blocks, perf.reused_tokens) == (0, 0)
 
 
@@ -177,7 +190,7 @@ def test_cancel_in_every_phase(engine: Engine, steps: int) -> None:
     assert engine.unfinished() == 2
     drain(engine, answers)
     assert answers[1].last.finish_reason is FinishReason.CANCELLED
-    assert len(answers[1].tokens) <= steps + 1
+    assert len(answers[1].tokens) <= (steps + 1) * tokens_a_step(engine)
     assert answers[2].last.finish_reason is FinishReason.LENGTH
     assert_idle(engine)
 
@@ -214,13 +227,12 @@ def test_cancel_of_unknown_ids_is_ignored(engine: Engine) -> None:
 
 def test_cancelled_perf_tells_what_it_cost(engine: Engine) -> None:
     engine.submit(request(1, prompt=prompt(1, 40), max_tokens=100))
-    for _ in range(3):
-        engine.step()
+    tokens = sum(len(output.tokens) for _ in range(3) for output in engine.step())
     engine.cancel(1)
     (output,) = [output for output in engine.step() if output.last]
     assert output.perf is not None
     assert output.perf.first_token_ns > 0
-    assert output.perf.new_blocks == 3
+    assert output.perf.new_blocks == blocks(engine, 39 + tokens)
 
 
 def test_deadline_in_the_queue_and_while_running(make: Make) -> None:
@@ -382,35 +394,42 @@ def reused(answer: Answer) -> tuple[int, int]:
     return perf.reused_blocks, perf.reused_tokens
 
 
-@pytest.mark.parametrize(("length", "blocks"), [(15, 0), (16, 0), (17, 1), (33, 2), (50, 3), (64, 3), (65, 4)])
-def test_second_request_reuses_whole_blocks(engine: Engine, length: int, blocks: int) -> None:
+def whole(engine: Engine, tokens: int) -> tuple[int, int]:
+    """Blocks that so many tokens fill, and the tokens in them."""
+    size = engine.info.tokens_per_block
+    return tokens // size, tokens // size * size
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 33, 50, 64, 65])
+def test_second_request_reuses_whole_blocks(engine: Engine, length: int) -> None:
     one = request(1, prompt=prompt(1, length), max_tokens=4)
     first, second = run_one(engine, one), run_one(engine, one)
     assert reused(first) == (0, 0)
-    assert reused(second) == (blocks, 16 * blocks)
+    shared, _ = expected = whole(engine, length - 1)  # one token at least is computed
+    assert reused(second) == expected
     assert second.tokens == first.tokens
     assert second.last.perf is not None
     assert first.last.perf is not None
-    assert second.last.perf.new_blocks == first.last.perf.new_blocks - blocks
-    assert engine.stats().blocks_reused == blocks
+    assert second.last.perf.new_blocks == first.last.perf.new_blocks - shared
+    assert engine.stats().blocks_reused == shared
 
 
 def test_a_longer_prompt_reuses_the_common_part(engine: Engine) -> None:
     common = prompt(1, 48)
     run_one(engine, request(1, prompt=(*common, 5, 6, 7)))
-    assert reused(run_one(engine, request(2, prompt=(*common, 9, 9)))) == (3, 48)
+    assert reused(run_one(engine, request(2, prompt=(*common, 9, 9)))) == whole(engine, 48)
 
 
 def test_the_same_tokens_elsewhere_are_not_the_same_prefix(engine: Engine) -> None:
-    part = prompt(1, 16)
+    part = prompt(1, 32)
     run_one(engine, request(1, prompt=part + part + (4,)))
-    assert reused(run_one(engine, request(2, prompt=prompt(2, 16) + part + (4,)))) == (0, 0)
+    assert reused(run_one(engine, request(2, prompt=prompt(2, 32) + part + (4,)))) == (0, 0)
 
 
 def test_the_answer_is_reused_by_the_next_turn(engine: Engine) -> None:
     first = run_one(engine, request(1, prompt=prompt(1, 30), max_tokens=40))
     turn = prompt(1, 30) + tuple(first.tokens) + prompt(3, 10)
-    assert reused(run_one(engine, request(2, prompt=turn)))[0] == 4  # 69 tokens have keys and values
+    assert reused(run_one(engine, request(2, prompt=turn))) == whole(engine, 69)  # so many have keys and values
 
 
 def test_another_salt_never_shares(engine: Engine) -> None:
@@ -420,9 +439,9 @@ def test_another_salt_never_shares(engine: Engine) -> None:
     assert reused(run_one(engine, request(2, prompt=shared, cache_salt="a"))) == (0, 0)
     assert reused(run_one(engine, request(3, prompt=shared, cache_salt="b"))) == (0, 0)
     again = run_one(engine, request(4, prompt=shared, cache_salt="a"))
-    assert reused(again) == (3, 48)
+    assert reused(again) == whole(engine, 49)
     assert again.tokens == plain.tokens
-    assert reused(run_one(engine, request(5, prompt=shared))) == (3, 48)
+    assert reused(run_one(engine, request(5, prompt=shared))) == whole(engine, 49)
 
 
 def test_running_requests_share_too(engine: Engine) -> None:
@@ -433,9 +452,9 @@ def test_running_requests_share_too(engine: Engine) -> None:
     used = engine.stats().blocks_used
     engine.submit(request(2, prompt=shared, max_tokens=10))
     engine.step()
-    assert engine.stats().blocks_used == used + 1
+    assert engine.stats().blocks_used <= used + blocks(engine, tokens_a_step(engine))  # not all of its own
     answers = drain(engine)
-    assert reused(answers[2]) == (3, 48)
+    assert reused(answers[2]) == whole(engine, 49)
     assert_idle(engine)
 
 
@@ -451,7 +470,9 @@ def test_reuse_off(make: Make) -> None:
 
 
 def test_the_least_recently_used_prefix_goes_first(make: Make) -> None:
-    engine = make(kv_tokens=128, max_batch_size=1)  # 8 blocks; each of these takes 4, and leaves 3 full ones
+    engine = make(kv_tokens=128, max_batch_size=1, max_seq_len=80)
+    if engine.info.max_blocks != 8 or tokens_a_step(engine) > 1:  # each of these takes 4, and leaves 3 full ones
+        pytest.skip("it is about blocks of 16 tokens, and drafts take more of them")
     for i in (1, 2, 1, 3):
         run_one(engine, request(i, prompt=prompt(i, 56), max_tokens=6))
     assert reused(run_one(engine, request(4, prompt=prompt(1, 56), max_tokens=6))) == (3, 48)
@@ -498,6 +519,8 @@ def test_refusals_name_the_field_and_leave_no_trace(engine: Engine, case: str) -
 
 
 def test_longer_than_the_pool_is_refused(make: Make) -> None:
+    if HAS_VLLM:
+        pytest.skip("vLLM is not loaded with a pool that is shorter than a sequence: test_vllm.py")
     engine = make(kv_tokens=64)
     with pytest.raises(RequestError, match="KV cache of 64 tokens") as caught:
         engine.submit(request(1, prompt=prompt(1, 60), max_tokens=5))
@@ -545,15 +568,16 @@ def test_stats_add_up(engine: Engine) -> None:
     stats = engine.stats()
     assert stats.prompt_tokens == sum(10 + i for i in range(10))
     assert stats.generated_tokens == 50
-    assert stats.steps >= 5
-    assert (stats.max_active, stats.blocks_max, stats.tokens_per_block) == (8, 128, 16)
+    assert stats.steps >= 5 / tokens_a_step(engine)
+    assert (stats.max_active, stats.blocks_max) == (8, blocks(engine, 2048))
+    assert stats.tokens_per_block == engine.info.tokens_per_block
     assert stats.memory_cpu_bytes > 2**20
-    engine.submit(request(1, max_tokens=10))
+    engine.submit(request(1, max_tokens=20))
     engine.step()
     engine.step()
     stats = engine.stats()
     assert (stats.active, stats.generation, stats.context, stats.waiting) == (1, 1, 0, 0)
-    assert stats.blocks_used == 2
+    assert blocks(engine, 22) <= stats.blocks_used <= blocks(engine, 20 + 3 * tokens_a_step(engine))
 
 
 @pytest.mark.parametrize("seed", range(4))

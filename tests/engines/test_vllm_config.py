@@ -80,7 +80,8 @@ def test_adapters_get_room_for_the_largest_rank(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text(json.dumps({"r": rank}))
     given = arguments({"lora": {1: str(tmp_path / "a"), 2: str(tmp_path / "b")}})
-    assert (given["enable_lora"], given["max_loras"], given["max_lora_rank"]) == (True, 2, 32)
+    assert (given["enable_lora"], given["max_lora_rank"]) == (True, 32)
+    assert given["max_loras"] >= 2
     with pytest.raises(EngineError, match=r"engine.lora.3: .*adapter_config.json has no rank"):
         arguments({"lora": {3: str(tmp_path / "c")}})
 

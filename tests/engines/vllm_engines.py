@@ -24,16 +24,18 @@ def make(variant: str, model: Path, **settings: Any) -> Engine:
     from roundhouse.engine.vllm.config import VllmConfig
     from roundhouse.engine.vllm.engine import Totals, VllmEngine
 
-    class Kept(VllmEngine):
-        def close(self) -> None:
-            if self.unfinished():
-                super().close()
-            else:
-                _idle.append((config, self))
-
-    settings |= VARIANTS[variant]
+    settings = {**settings, **VARIANTS[variant]}
     if variant == "vllm-draft-model":
         settings["speculative"] = {**settings["speculative"], "model": str(model)}
+
+    class Kept(VllmEngine):
+        tokens_a_step = 1 + settings.get("speculative", {}).get("num_speculative_tokens", 0)
+
+        def close(self) -> None:
+            """Never really: vLLM's shutdown takes what all engines of a process share."""
+            if not self.unfinished():
+                _idle.append((config, self))
+
     config = VllmConfig(model=model, eager=True, dtype="float32", **settings)
     for number, (other, engine) in enumerate(_idle):
         if other == config:

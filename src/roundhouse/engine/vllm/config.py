@@ -94,7 +94,9 @@ def engine_arguments(config: VllmConfig) -> dict[str, Any]:
         "generation_config": "vllm",  # a request says all that it wants; the model folder adds nothing
     }
     if config.lora:
-        arguments |= {"enable_lora": True, "max_loras": len(config.lora), "max_lora_rank": _lora_rank(config.lora)}
+        # On a CPU vLLM computes sequences that have no adapter with the last slot: one more than are used stays empty.
+        slots = len(config.lora) + (0 if torch.cuda.is_available() else 1)
+        arguments |= {"enable_lora": True, "max_loras": slots, "max_lora_rank": _lora_rank(config.lora)}
     if config.max_seq_len is not None:
         arguments["max_model_len"] = config.max_seq_len
     if config.memory_fraction is not None:

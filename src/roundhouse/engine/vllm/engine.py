@@ -35,6 +35,7 @@ from roundhouse.engine.protocol import (
     Request,
     Stats,
 )
+from roundhouse.engine.vllm import cpu
 from roundhouse.engine.vllm.config import VllmConfig, engine_arguments
 from roundhouse.engine.vllm.sampling import sampling_params
 
@@ -47,6 +48,7 @@ LACKS = {
     Feature.RETENTION: "vLLM keeps cached blocks by recency only",
     Feature.LOOKAHEAD: "vLLM has no lookahead decoding",
 }
+NO_BIAS = "vLLM does not apply it while it drafts tokens; leave it out, or deploy without speculation"
 NO_LORA = "the deployment has no LoRA adapters; list them under engine.lora"
 NO_TOKENIZER = "guided decoding needs the model's tokenizer; set model.tokenizer of the deployment"
 NEVER = 2**63 - 1
@@ -92,6 +94,9 @@ class Totals:
 
 class VllmEngine(Engine):
     def __init__(self, config: VllmConfig) -> None:
+        self._cuda = torch.cuda.is_available()
+        if not self._cuda:
+            cpu.mend()
         try:
             settings = EngineArgs(**engine_arguments(config)).create_engine_config()
             self._core = EngineCore(settings, Executor.get_class(settings), log_stats=True)
@@ -107,6 +112,8 @@ class VllmEngine(Engine):
             lacks[Feature.GUIDED_DECODING] = NO_TOKENIZER
         if not config.lora:
             lacks[Feature.LORA] = NO_LORA
+        if config.speculative:
+            lacks[Feature.LOGIT_BIAS] = NO_BIAS
         self._lora = {id: LoRARequest(str(id), id, folder) for id, folder in config.lora.items()}
         self.info = EngineInfo(
             engine="vllm",
@@ -125,7 +132,6 @@ class VllmEngine(Engine):
         self._next_deadline = NEVER
         self._arrivals = 0
         self._totals = Totals()
-        self._cuda = torch.cuda.is_available()
 
     # --- in -----------------------------------------------------------------------------------------
 
