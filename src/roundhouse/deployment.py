@@ -317,6 +317,11 @@ def _check_tensorrt_llm(deployment: Deployment) -> None:
         raise ValueError(f"speculative.method: engine tensorrt_llm cannot do {speculative.method!r}; use draft_target")
     if speculative is not None and speculative.draft_engine is None:
         raise ValueError("speculative.draft_engine: missing; engine tensorrt_llm runs the draft model compiled too")
+    led = isinstance(deployment.engine, TensorrtLlmEngine) and deployment.engine.launch == "leader"
+    if speculative is not None and led and deployment.gpu.tensor_parallel > 1:
+        raise ValueError(
+            "engine.launch: leader runs one engine on its ranks, and `speculative` needs two; say orchestrator"
+        )
     if speculative is not None and speculative.max_batch_size > deployment.limits.max_batch_size:
         raise ValueError(
             f"speculative.max_batch_size: {speculative.max_batch_size} is more than limits.max_batch_size "

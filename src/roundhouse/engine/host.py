@@ -27,7 +27,7 @@ import zmq
 
 from roundhouse import deployment
 from roundhouse.bugs import described
-from roundhouse.engine import runtime
+from roundhouse.engine import launch, runtime
 from roundhouse.engine.base import Engine, EngineError, RequestError
 from roundhouse.engine.load import load_engine
 from roundhouse.engine.protocol import (
@@ -352,6 +352,7 @@ def main() -> int:
     args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server; the engine ends with it
     os.umask(0o077)
+    launch.die_with_mpirun()
     _end_after(args.server_pid, args.folder)
     try:
         settings = deployment.load(args.deployment)

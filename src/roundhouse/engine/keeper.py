@@ -11,13 +11,13 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from roundhouse.engine import runtime
+from roundhouse import deployment as deployments
+from roundhouse.engine import launch, runtime
 from roundhouse.engine.runtime import HANG_SECONDS
 
 BACK_OFF = 0.2  # seconds before the first restart; doubles
@@ -118,13 +118,16 @@ class Keeper:
         return True
 
     def _start(self, now: float) -> None:
-        command = [_python(), "-m", "roundhouse.engine.host", "--deployment", str(self._deployment)]
-        command += ["--folder", str(self._folder), "--server-pid", str(self._server_pid)]
+        try:
+            ranks = launch.ranks(deployments.load(self._deployment))
+        except deployments.DeploymentError:
+            ranks = 1  # the engine process will say what is wrong
+        command = launch.command(ranks, self._deployment, self._folder, self._server_pid)
         try:
             (self._folder / runtime.FAILURE).unlink(missing_ok=True)
             runtime.new_secret(self._folder)
             process = subprocess.Popen(
-                command, env=_environment(), stdin=subprocess.DEVNULL, start_new_session=True, cwd="/"
+                command, env=launch.environment(), stdin=subprocess.DEVNULL, start_new_session=True, cwd="/"
             )
         except OSError as error:  # the disk is full, or there is no room for another process
             self._failed(now, f"could not be started ({error})")
@@ -190,24 +193,3 @@ class Keeper:
         self.failure = runtime.read(path) or text
         with suppress(OSError):
             runtime.write_private(path, self.failure)
-
-
-def _python() -> str:
-    """The interpreter of the engine: ROUNDHOUSE_ENGINE_PYTHON, or that of the virtual environment.
-
-    In Triton's stub `sys.executable` is not the interpreter's.
-    """
-    given = os.environ.get("ROUNDHOUSE_ENGINE_PYTHON")
-    if given:
-        return given
-    prefix = os.environ.get("VIRTUAL_ENV") or sys.prefix
-    return str(Path(prefix) / "bin/python")
-
-
-def _environment() -> dict[str, str]:
-    """Ours, without the libraries that are meant for Triton alone."""
-    environment = dict(os.environ)
-    paths = environment.get("LD_LIBRARY_PATH", "").split(":")
-    kept = [path for path in paths if path and "nvidia_pytriton.libs" not in path]
-    environment["LD_LIBRARY_PATH"] = ":".join(kept)
-    return environment

@@ -163,11 +163,6 @@ def _executor_config(
 
 def _parallel_config(config: TensorrtLlmConfig, engine: EngineFolder) -> Any:
     if config.launch == "leader":
-        if config.drafting is not None and engine.world_size > 1:
-            raise EngineError(
-                "engine.launch: leader runs one engine on its ranks, and speculative decoding needs two; "
-                "say orchestrator"
-            )
         return None if engine.world_size == 1 else trtllm.ParallelConfig(trtllm.CommunicationType.MPI)
     worker = next((path for path in WORKERS if path.exists()), None)
     if worker is None:
