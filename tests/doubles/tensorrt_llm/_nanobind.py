@@ -67,6 +67,22 @@ class Overloads:
     def _signature(self, parameters: list[Spec]) -> str:
         return f"{self._name}({', '.join(p['name'] + ': ' + p['type'] for p in parameters)})"
 
+    def nb_signature(self) -> tuple[tuple[Any, ...], ...]:
+        """As nanobind's functions tell: text with \\0, \\1 ... for the defaults, no docstring, the defaults."""
+        described = []
+        for parameters in self._overloads:
+            words, defaults = ["self"], []
+            for parameter in sorted(parameters, key=lambda p: bool(p.get("kw_only"))):
+                if parameter.get("kw_only") and "*" not in words:
+                    words.append("*")
+                word = f"{parameter['name']}: {parameter['type']}"
+                if not parameter.get("required"):
+                    word += f" = \\{len(defaults)}"
+                    defaults.append(parameter.get("default_expr", parameter.get("default")))
+                words.append(word)
+            described.append((f"def {self._name}({', '.join(words)}) -> object", None, *defaults))
+        return tuple(described)
+
 
 class Library:
     """The classes and enums of one module, by name; nested ones have dots in theirs."""
@@ -151,11 +167,23 @@ class Library:
             self.__dict__[attribute] = value
 
         namespace: dict[str, Any] = {"__init__": init, "__setattr__": set_attribute, "__module__": module}
+        namespace["__annotations__"] = types
         namespace |= spec.get("constants", {})
         for method, described in spec.get("methods", {}).items():
             if described.get("static") and "value" in described:
                 namespace[method] = staticmethod(lambda value=described["value"]: value)
+            else:
+                namespace[method] = _not_imitated(f"{name}.{method}")
+        if "constructors" in spec:
+            init.__nb_signature__ = overloads.nb_signature()  # type: ignore[attr-defined]
         return type(short, (), namespace)
+
+
+def _not_imitated(name: str) -> Callable[..., Any]:
+    def method(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{name}: the stand-in does not imitate it")
+
+    return method
 
 
 def _blank(type_text: str) -> Any:
