@@ -19,7 +19,7 @@ A configuration is one engine in a process of its own, and what is measured on i
 
 The model has the Llama-3-8B shape and random weights (load_format dummy); the KV cache is what is left of MEMORY_GIB,
 as on a smaller card, so that its limits can be reached. ROUNDHOUSE_ENGINE_PYTHON names the interpreter that has vLLM
-(default: this one). Writes docs/benchmarks/gpu-optimisations.json after each configuration, and a plot.
+(default: this one). Writes docs/benchmarks/gpu-optimisations.json after each configuration, a plot and a page.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from bench_gpu import BENCHMARKS, ENGINE_PYTHON, ROOT, hardware, make_model, versions
+from optimisations_report import page
 
 if TYPE_CHECKING:
     from roundhouse.engine.base import Engine
@@ -620,6 +621,8 @@ def main() -> int:
         failed += "error" in measured
         result["configurations"][name] = measured
         path.write_text(json.dumps(result, indent=1) + "\n")
+    if not result["smoke"]:
+        (args.output / "optimisations.md").write_text(page(result, DRAFT_TOKENS))
     with suppress(ImportError):  # a GPU host without matplotlib keeps the JSON; --only '' draws it elsewhere
         title = f"{'models/tiny (smoke)' if result['smoke'] else 'Llama-3-8B shape, bf16'}, {result['hardware']['gpu']}"
         plot(result["configurations"], path.with_suffix(".png"), title)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -78,3 +79,9 @@ def test_a_cut_off_run_still_draws(tmp_path: Path) -> None:
     point = {"tokens_per_second": 10.0, "ttft_ms": None}
     bench.plot({"base": {"batching": {"1": point, "8": point}}}, tmp_path / "plot.png", "cut off")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_the_page_says_what_was_measured() -> None:
+    result = json.loads((bench.BENCHMARKS / "gpu-optimisations.json").read_text())
+    assert (bench.BENCHMARKS / "optimisations.md").read_text() == bench.page(result, bench.DRAFT_TOKENS)
+    assert "--only base" in bench.page({**result, "configurations": {}}, bench.DRAFT_TOKENS)
