@@ -121,6 +121,8 @@ def test_ranks_and_fusions() -> None:
     assert (quantise["--tp_size"], compile_["--workers"]) == ("2", "2")
     assert compile_["--reduce_fusion"] == compile_["--user_buffer"] == "enable"
     assert "--reduce_fusion" not in of({})[1]
+    quantise, compile_ = of({"gpu": {"count": 4, "tensor_parallel": 4, "nodes": 2}})
+    assert (quantise["--tp_size"], compile_["--workers"]) == ("4", "2")  # a machine compiles with the GPUs that it has
 
 
 def test_a_draft_is_a_smaller_engine_and_its_target_takes_draft_tokens() -> None:

@@ -88,7 +88,8 @@ def quantize(deployment: Deployment, section: TensorrtLlmEngine) -> tuple[str, .
 
 
 def trtllm_build(deployment: Deployment, wanted: gate.Wanted) -> tuple[str, ...]:
-    """The command line of trtllm-build. The number of ranks comes from the checkpoint."""
+    """The command line of trtllm-build. The number of ranks comes from the checkpoint; workers compile one each."""
+    assert deployment.gpu is not None, "checked by the schema"
     flags: dict[str, str | int] = {
         "checkpoint_dir": "{checkpoint}",
         "output_dir": "{engine}",
@@ -104,7 +105,7 @@ def trtllm_build(deployment: Deployment, wanted: gate.Wanted) -> tuple[str, ...]
         "use_fp8_context_fmha": _switch(wanted.fp8_context_fmha),
         "gemm_plugin": "disable" if deployment.precision.weights == "fp8" else "auto",  # FP8: TensorRT's own are faster
         "multiple_profiles": "enable",
-        "workers": wanted.tensor_parallel,
+        "workers": deployment.gpu.per_node,
     }
     if wanted.fusions:
         flags |= {"reduce_fusion": "enable", "user_buffer": "enable"}
