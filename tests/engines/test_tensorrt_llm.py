@@ -268,6 +268,7 @@ def test_what_was_accepted_is_reported(build: Built) -> None:
     assert perf is not None
     assert perf.draft_tokens == perf.accepted_draft_tokens == 40  # ten rounds of four, and one token more each
     assert perf.arrival_ns <= perf.first_scheduled_ns <= perf.first_token_ns <= perf.last_token_ns
+    assert perf.new_blocks == 5  # of 69 tokens that have keys and values
     assert perf.reused_blocks == 0  # rounds reuse each other's blocks; that is not a cached prefix
 
 

@@ -581,7 +581,7 @@ def _perf_metrics(live: Live, perf: Perf) -> Any:
         ),
         kv_cache_metrics=_filled(
             "RequestPerfMetrics.KvCacheMetrics",
-            num_total_allocated_blocks=total,
+            num_total_allocated_blocks=perf.new_blocks,
             num_new_allocated_blocks=perf.new_blocks,
             num_reused_blocks=perf.reused_blocks,
             num_missed_blocks=perf.new_blocks,

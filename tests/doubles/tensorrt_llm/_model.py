@@ -17,7 +17,7 @@ from roundhouse.engine.embedded.engine import EmbeddedEngine
 from roundhouse.engine.scheduler import Sequence
 
 _FIELD = r'"[^"\\]{0,20}"\s*:\s*("[^"\\]{0,20}"|-?\d{1,6}|true|false|null)\s*'
-JSON = rf"\s*\{{\s*({_FIELD},\s*){{0,3}}({_FIELD})?\}}"  # of the flat and short kind
+JSON = rf"\{{\s*({_FIELD},\s*){{0,3}}({_FIELD})?\}}"  # of the flat and short kind
 
 
 class Vocabulary:

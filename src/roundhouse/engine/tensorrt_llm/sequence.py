@@ -52,11 +52,11 @@ class Sequence:
         if metrics is None:
             return
         times, blocks = metrics.timing_metrics, metrics.kv_cache_metrics
-        self.new_blocks += blocks.num_new_allocated_blocks
         if not self.first_scheduled_ns:
             self.first_scheduled_ns = _nanoseconds(times.first_scheduled_time)
             self.first_token_ns = _nanoseconds(times.first_token_time)
             self.reused_blocks = blocks.num_reused_blocks
+        self.new_blocks = blocks.num_new_allocated_blocks + blocks.num_reused_blocks - self.reused_blocks
         self.last_token_ns = max(self.last_token_ns, _nanoseconds(times.last_token_time))
 
     def perf(self, tokens_per_block: int) -> Perf:
