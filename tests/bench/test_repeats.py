@@ -46,3 +46,4 @@ def test_a_ratio_turns_round(first: list[float], other: list[float]) -> None:
 def test_one_pair_says_nothing_of_its_spread() -> None:
     assert repeats.ratio([2.0], [3.0]) == (pytest.approx(1.5), 0.0, math.inf)
     assert repeats.ratio([0.0], [3.0]) is None
+    assert repeats.ratio([2.0, 2.0, 2.0], [0.0, 6.0, 6.0]) == (3.0, 0.0, math.inf), "a run of nothing is not left out"

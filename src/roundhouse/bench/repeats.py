@@ -44,11 +44,14 @@ def ratio(first: list[float], other: list[float]) -> tuple[float, float, float] 
     """`other` to `first`, and the ends of its 95 % confidence interval; run k of one belongs to run k of the other.
 
     The mean is geometric, so that the ratio the other way round is 1 / it. One pair alone has ends that are infinitely
-    far apart. None, if there is no pair of positive numbers.
+    far apart. So have runs of which some gave nothing, which have no logarithm: their ratio is that of the medians.
+    None, if there is none.
     """
-    pairs = [math.log(b / a) for a, b in zip(first, other, strict=False) if a > 0 and b > 0]
-    if not pairs:
-        return None
-    middle = statistics.fmean(pairs)
-    width = half_width(pairs) if len(pairs) > 1 else math.inf
+    pairs = list(zip(first, other, strict=False))
+    if not pairs or any(a <= 0 or b <= 0 for a, b in pairs):
+        before, after = (statistics.median(values) if values else 0.0 for values in (first, other))
+        return (after / before, 0.0, math.inf) if before > 0 and after > 0 else None
+    logs = [math.log(b / a) for a, b in pairs]
+    middle = statistics.fmean(logs)
+    width = half_width(logs) if len(logs) > 1 else math.inf
     return math.exp(middle), math.exp(middle - width), math.exp(middle + width) if width < 700 else math.inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,6 +54,8 @@ def settle(
     settings that were not looked at by then stay new.
     """
     kept, effects = changes(start, found), []
+    with suppress(BrokenError):  # measured anew: the best of a search is the luckiest of its trials, too
+        score = bench.score(attempt(override(raw, kept), bench, lambda step, rate: None))
     for key in list(kept):
         if clock.left < reserve:
             break

@@ -55,7 +55,7 @@ def knobs(deployment: Deployment) -> list[Knob]:
 
 _ENGINES: dict[str, tuple[Knob, ...]] = {
     "synthetic": (),
-    "transformers": (Knob("precision.kv_cache", ("auto", "bfloat16")), Knob("engine.threads", (None, 1))),
+    "transformers": (Knob("precision.kv_cache", ("auto", "bfloat16")),),
     "tensorrt_llm": (
         Knob("kv_cache.free_memory_fraction", (0.8, 0.9, 0.95)),
         Knob("scheduling.policy", ("guaranteed_no_evict", "max_utilization")),
