@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -406,3 +407,33 @@ def test_greedy_settings_do_not_leak_between_rounds() -> None:
     assert made.input_token_ids == [*prompt(1), 5, 6]
     assert made.bad_words == [[9], [11]]
     assert (made.max_tokens, made.sampling_config.min_tokens) == (3, 3)
+
+
+@pytest.mark.parametrize("drafting", [False, True])
+def test_a_storm_over_an_executor_that_runs_on_its_own(
+    build: Built, monkeypatch: pytest.MonkeyPatch, drafting: bool
+) -> None:
+    """Responses come when they come: late for a cancel, early for the next step, several for one request."""
+    monkeypatch.setattr(trtllm.Executor, "lockstep", False)
+    engine = build.drafting(batch=6) if drafting else build()
+    chance = random.Random(7)
+    answers: dict[int, Answer] = {}
+    expected: dict[int, int] = {}
+    cancelled: set[int] = set()
+    for _ in range(60):
+        for _ in range(chance.randrange(3)):
+            key = len(expected)
+            expected[key] = chance.randrange(1, 40)
+            asked_for = {"max_tokens": expected[key], "log_probs": chance.random() < 0.2, "end_ids": (VOCAB_SIZE,)}
+            engine.submit(request(key, prompt=prompt(chance.randrange(6), chance.randrange(1, 120)), **asked_for))
+        if expected and chance.random() < 0.4:
+            cancelled.add(victim := chance.randrange(len(expected)))
+            engine.cancel(victim)
+        for output in engine.step():
+            answers.setdefault(output.id, Answer()).add(output)
+    drain(engine, answers, max_steps=100_000)
+    assert answers.keys() == expected.keys()
+    for key, answer in answers.items():
+        whole = answer.last.finish_reason is FinishReason.LENGTH and len(answer.tokens) == expected[key]
+        assert whole or (key in cancelled and answer.last.finish_reason is FinishReason.CANCELLED)
+    assert (engine.unfinished(), engine.stats().active, engine.stats().blocks_used) == (0, 0, 0)
