@@ -290,7 +290,7 @@ class TensorrtLlmEngine(Engine):
             self._fail(sequence, f"the draft model has failed: {_line(response.error_msg)}")
             return
         tokens = list(response.result.output_token_ids[0])
-        if response.result.finish_reasons[0] is trtllm.FinishReason.END_ID:
+        if response.result.finish_reasons[0] == trtllm.FinishReason.END_ID:
             tokens = with_end([], tokens, sequence.end_id)
         sequence.drafts = tokens[: sequence.part.drafts]
         if not sequence.drafts:  # nothing to check: the target goes on alone
@@ -319,7 +319,7 @@ class TensorrtLlmEngine(Engine):
                 self._finish(sequence, sequence.ending)
             return
         reason = REASONS.get(result.finish_reasons[0])
-        if result.finish_reasons[0] is trtllm.FinishReason.END_ID and not request.log_probs:
+        if result.finish_reasons[0] == trtllm.FinishReason.END_ID and not request.log_probs:
             tokens = with_end(sequence.generated, tokens, sequence.end_id)
         cut = rounds.up_to_end(tokens, sequence.ends[1:])
         if cut is not None:

@@ -79,7 +79,7 @@ def gained(sequence: Sequence, result: Any) -> tuple[list[int], list[float]]:
     start, sequence.reported = sequence.reported, sequence.reported + len(tokens)
     if not sequence.request.log_probs:
         return tokens, []
-    every = result.log_probs[0]
+    every = result.log_probs[0] if result.log_probs else []  # a cancelled one may have none
     start = start if len(every) > len(tokens) else 0
     return tokens, [min(float(value), 0.0) for value in every[start : start + len(tokens)]]
 
