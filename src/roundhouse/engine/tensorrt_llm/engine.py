@@ -19,7 +19,7 @@ import tensorrt_llm
 import tensorrt_llm.bindings.executor as trtllm
 
 from roundhouse.engine import checks
-from roundhouse.engine.base import Engine, EngineError, RequestError
+from roundhouse.engine.base import Engine, RequestError
 from roundhouse.engine.protocol import (
     EngineInfo,
     Error,
@@ -30,11 +30,10 @@ from roundhouse.engine.protocol import (
     Request,
     Stats,
 )
-from roundhouse.engine.tensorrt_llm import requests, rounds
+from roundhouse.engine.tensorrt_llm import requests, rounds, trial
 from roundhouse.engine.tensorrt_llm.config import TensorrtLlmConfig, draft_config, target_config
 from roundhouse.engine.tensorrt_llm.rounds import Round
 from roundhouse.engine.tensorrt_llm.sequence import Sequence, gained, with_end
-from roundhouse.text.tokenizer import Tokenizer
 from roundhouse.trtllm.engine_folder import SpeculativeMode
 
 LACKS = {
@@ -59,9 +58,6 @@ REASONS = {
 }
 WAIT = timedelta(milliseconds=2)  # the longest that a new request waits for a step to end; the executor counts in ms
 NO_WAIT = timedelta(0)
-LOAD_SECONDS = 120  # for the first request, which must succeed
-COUNT = " ".join(map(str, range(1, 101)))  # a few blocks of tokens
-CHECKED_TOKENS = 8
 NEVER = 2**63 - 1
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -80,8 +76,8 @@ class TensorrtLlmEngine(Engine):
         drafting = config.drafting
         self._draft: Any = None
         if drafting is not None:
-            self._draft = _load(drafting.engine.path, draft_config(config, drafting))
-        self._target = _load(config.engine.path, target_config(config))
+            self._draft = trial.load(drafting.engine.path, draft_config(config, drafting))
+        self._target = trial.load(config.engine.path, target_config(config))
         if not self._target.can_enqueue_requests():
             self._target.shutdown()  # this rank works until the leader ends
             sys.exit(0)
@@ -91,49 +87,10 @@ class TensorrtLlmEngine(Engine):
         self._ready: list[Output] = []  # Outputs that were decided between steps
         self._next_deadline = NEVER
         self._totals = Totals()
-        self._newest = self._warm_up()
+        self._newest = trial.warm_up(self._target, config.engine.path)
         self.info = self._describe(self._newest)
         if config.reuse and config.tokenizer is not None and config.engine.kv_cache_quant_algo == "FP8":
-            self._check_reuse(config.tokenizer)
-
-    def _warm_up(self) -> Any:
-        """One token, which shows that the engine works and how large its KV cache has become."""
-        self._generate([0], 1)
-        deadline = time.monotonic() + LOAD_SECONDS
-        while not (stats := self._target.get_latest_iteration_stats()):
-            if time.monotonic() > deadline:
-                raise EngineError("engine.path: the executor reports no statistics")
-            time.sleep(0.01)
-        return stats[-1]
-
-    def _check_reuse(self, tokenizer: Tokenizer) -> None:
-        """Answers over reused blocks must be those over computed ones, which an FP8 cache has got wrong before.
-
-        NVIDIA/TensorRT-LLM#2699. The answer is one that no rounding changes: a count goes on.
-        """
-        prompt = tokenizer.encode(COUNT, add_special_tokens=True)[: self.info.max_seq_len - CHECKED_TOKENS]
-        computed, reusing = (self._generate(prompt, CHECKED_TOKENS) for _ in range(2))
-        if computed != reusing:
-            raise EngineError(
-                f"kv_cache.reuse: {self._config.engine.path} answers {reusing} with reused FP8 blocks, and {computed} "
-                "without; set it to false, or calibrate and build again"
-            )
-
-    def _generate(self, prompt: list[int], max_tokens: int) -> list[int]:
-        """The greedy answer, before there are other requests. Raises EngineError."""
-        number = self._target.enqueue_request(
-            trtllm.Request(
-                prompt,
-                max_tokens,
-                sampling_config=trtllm.SamplingConfig(top_k=1),
-                output_config=trtllm.OutputConfig(exclude_input_from_output=True),
-            )
-        )
-        responses = self._target.await_responses(id=number, timeout=timedelta(seconds=LOAD_SECONDS))
-        if not responses or responses[-1].has_error():
-            reason = responses[-1].error_msg if responses else f"no answer within {LOAD_SECONDS} s"
-            raise EngineError(f"engine.path: {self._config.engine.path} cannot generate a token: {reason}")
-        return list(responses[-1].result.output_token_ids[0])
+            trial.check_reuse(self._target, config.engine.path, config.tokenizer, self.info.max_seq_len)
 
     def _describe(self, stats: Any) -> EngineInfo:
         config, engine = self._config, self._config.engine
@@ -411,14 +368,6 @@ class TensorrtLlmEngine(Engine):
             self._draft.shutdown()
 
 
-def _load(folder: Path, config: Any) -> Any:
-    try:
-        return trtllm.Executor(folder, trtllm.ModelType.DECODER_ONLY, config)
-    except RuntimeError as error:
-        version = tensorrt_llm.__version__
-        raise EngineError(f"engine.path: TensorRT-LLM {version} cannot load {folder}: {error}") from error
-
-
 def _is_full(sequence: Sequence) -> bool:
     """Whether no round is to follow. A client's own draft tokens get one check, and that is the answer."""
     return len(sequence.generated) >= sequence.request.max_tokens or bool(sequence.request.draft_tokens)
@@ -426,4 +375,4 @@ def _is_full(sequence: Sequence) -> bool:
 
 def _line(message: object) -> str:
     """The executor's messages may have a stack trace in their later lines."""
-    return str(message).strip().splitlines()[0]
+    return next(iter(str(message).strip().splitlines()), "it gives no reason")
