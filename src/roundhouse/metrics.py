@@ -97,7 +97,9 @@ class Record:
         )
 
     def observations(self) -> Iterator[tuple[str, float]]:
-        """Histogram and value."""
+        """Histogram and value. A refused sequence has none: it would make latencies look better than they are."""
+        if self.outcome == "roundhouse_rejected_total":
+            return
         yield "nv_llm_input_token_len", self.prompt_tokens
         yield "nv_llm_output_token_len", self.generated_tokens
         yield "roundhouse_request_seconds", self.request_seconds

@@ -211,7 +211,9 @@ def test_an_engine_that_steps_without_advancing_is_noticed(
 
 
 class TestMessages:
-    @pytest.mark.parametrize("data", [b"", b"\x00", b"\xc1", b"\x81\xa4type\xa5Hello", b"x" * 10_000])
+    @pytest.mark.parametrize(
+        "data", [b"", b"\x00", b"\xc1", b"\x81\xa1\x80\x00", b"\x81\xa4type\xa5Hello", b"x" * 10_000]
+    )
     def test_what_cannot_be_read_is_refused(self, peer: Peer, data: bytes) -> None:
         peer.connection.socket.send(data)
         assert "could not be read" in peer.receive(Refused).message

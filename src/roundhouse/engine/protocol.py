@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
+from typing import TypeVar
 
 import msgspec
 
@@ -314,6 +315,7 @@ class EngineStats(msgspec.Struct, frozen=True, tag=True):
 ToEngine = Hello | Submit | Cancel
 ToFront = Welcome | Refused | Outputs | EngineStats
 
+T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 _to_front: msgspec.msgpack.Decoder[ToFront] = msgspec.msgpack.Decoder(ToFront)
@@ -325,9 +327,17 @@ def encode(message: ToEngine | ToFront) -> bytes:
 
 def decode_to_engine(data: bytes) -> ToEngine:
     """Raises msgspec.DecodeError (or its subclass ValidationError) if `data` is no message to an engine."""
-    return _to_engine.decode(data)
+    return decoded(data, _to_engine)
 
 
 def decode_to_front(data: bytes) -> ToFront:
     """Raises msgspec.DecodeError (or its subclass ValidationError) if `data` is no message to a front."""
-    return _to_front.decode(data)
+    return decoded(data, _to_front)
+
+
+def decoded(data: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
+    """Raises msgspec.DecodeError, also for text that is not UTF-8, of which msgspec says so in another way."""
+    try:
+        return decoder.decode(data)
+    except UnicodeDecodeError as error:
+        raise msgspec.DecodeError(str(error)) from None

@@ -13,6 +13,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from roundhouse.engine.protocol import decoded
+
 
 class Passed(msgspec.Struct, frozen=True, tag=True):
     """postprocessing has handled chunk number `chunk` of the stream `stream`."""
@@ -56,7 +58,7 @@ class Mailbox:
             while True:
                 data = self.socket.recv(zmq.NOBLOCK)
                 with suppress(msgspec.DecodeError):
-                    notes.append(_decoder.decode(data))
+                    notes.append(decoded(data, _decoder))
         except zmq.Again:
             return notes
 

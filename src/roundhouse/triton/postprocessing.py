@@ -89,7 +89,7 @@ class TritonPythonModel:
             window = tensors["WINDOW"].reshape(-1).tolist() if "WINDOW" in tensors else []
             text = self._detokenizer.chunk_text(_counted("WINDOW", window), _counted("TOKENS_BATCH", ids), last)
             return np.array([text.encode()], dtype=np.object_)
-        rows = zip(batch.reshape(-1, batch.shape[2]).tolist(), lengths.reshape(-1).tolist(), strict=True)
+        rows = zip(batch.reshape(lengths.size, batch.shape[2]).tolist(), lengths.reshape(-1).tolist(), strict=True)
         return np.array([self._whole(ids, length).encode() for ids, length in rows], dtype=np.object_)
 
     def _whole(self, ids: list[int], length: int) -> str:
