@@ -1,0 +1,48 @@
+"""The figures of docs/reliability.md are those that were measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+MODELS = ("tensorrt_llm_bls", "ensemble")
+
+
+def measured(name: str) -> Any:
+    return json.loads((ROOT / f"docs/benchmarks/{name}.json").read_text())
+
+
+def row(label: str) -> list[str]:
+    """The cells behind a row's label."""
+    (found,) = re.findall(rf"^\| {re.escape(label)} \|(.*)\|$", PAGE, flags=re.MULTILINE)
+    return [cell.strip() for cell in found.split("|")]
+
+
+def test_overload() -> None:
+    figures = [measured("overload")["models"][model] for model in MODELS]
+    assert row("goodput in overload, of its peak") == [f"{f['goodput_percent']:.0f} %" for f in figures]
+    assert row("refusal, p50 / p99") == [
+        f"{f['refusal_ms']['p50']:.0f} / {f['refusal_ms']['p99']:.0f} ms" for f in figures
+    ]
+    assert row("first token of accepted requests, p99") == [f"{f['ttft_ms']['p99']:,.0f} ms" for f in figures]
+    assert row("latency is as before after") == [f"{f['recovery_seconds']:.0f} s" for f in figures]
+    assert row("memory, first and last third of the overload") == [
+        f"{f['memory_mb']['first_third']:.0f}, {f['memory_mb']['last_third']:.0f} MB" for f in figures
+    ]
+
+
+def test_fuzz() -> None:
+    fuzz = measured("fuzz")
+    assert row("fuzz cases") == [f"{fuzz['cases']:,}"]
+    assert row("fuzz targets that failed") == [str(fuzz["failed"])]
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"(?:tests|scripts|docs)/[\w./-]+\w", PAGE))))
+def test_the_files_exist(name: str) -> None:
+    assert (ROOT / name).exists()
