@@ -180,7 +180,7 @@ def test_perf(engine: Engine) -> None:
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
 def test_cancel_in_every_phase(engine: Engine, steps: int) -> None:
     engine.submit(request(1, prompt=prompt(1, 40), max_tokens=200))
-    engine.submit(request(2, max_tokens=12))
+    engine.submit(request(2, max_tokens=12 * tokens_a_step(engine)))
     answers: dict[int, Answer] = {}
     for _ in range(steps):
         for output in engine.step():
@@ -452,7 +452,8 @@ def test_running_requests_share_too(engine: Engine) -> None:
     used = engine.stats().blocks_used
     engine.submit(request(2, prompt=shared, max_tokens=10))
     engine.step()
-    assert engine.stats().blocks_used <= used + blocks(engine, tokens_a_step(engine))  # not all of its own
+    own = 1 if tokens_a_step(engine) == 1 else 2  # drafts may have taken the first one over a block's edge
+    assert engine.stats().blocks_used <= used + own
     answers = drain(engine)
     assert reused(answers[2]) == whole(engine, 49)
     assert_idle(engine)

@@ -49,7 +49,6 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("vllm")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ROUNDHOUSE_ENGINE_PYTHON", str(PYTHON))
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling the sampler takes half a minute
         with Server(write_deployment(folder, deployment), folder / "server.log") as started:
             yield started
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, cast
 
 from roundhouse.deployment import Deployment, SyntheticEngine, TensorrtLlmEngine, TransformersEngine, VllmEngine
@@ -73,6 +74,8 @@ def _synthetic(deployment: Deployment, section: SyntheticEngine) -> Engine:
 
 
 def _vllm(deployment: Deployment, section: VllmEngine) -> Engine:
+    if section.eager:  # torch reads it when it is imported; vLLM compiles small functions at their first use otherwise
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from roundhouse.engine.vllm.config import of_deployment
     from roundhouse.engine.vllm.engine import VllmEngine as Vllm
 
