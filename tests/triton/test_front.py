@@ -359,6 +359,20 @@ class TestTimeouts:
         assert sender.responses[0]["finish_reason"][0] == b"timeout"
 
 
+def test_finished_jobs_do_not_gather(front: Front, client: QueueClient) -> None:
+    """More requests than clients are asked for: what is refused at once must not be remembered."""
+    client.submit = lambda requests: client.give(  # type: ignore[method-assign]
+        *(Output(id=one.id, tokens=[], error=Error(ErrorCode.QUEUE_FULL, "full")) for one in requests)
+    )
+    senders = []
+    for _ in range(2000):
+        made, sender = job()
+        front.submit(made)
+        senders.append(sender)
+    assert all(sender.finished.wait(10) for sender in senders)
+    until(lambda: not front._jobs, 1.0)
+
+
 def test_stream_ids_cannot_be_guessed(front: Front, client: QueueClient) -> None:
     """Whoever calls postprocessing can name one, and so tell a front that a client is gone."""
     ids = [submit(front, client, job()[0]) for _ in range(20)]

@@ -284,13 +284,18 @@ class Front:
         now = time.monotonic()
         while self._jobs and now >= self._next_check:
             job = self._jobs.popleft()
+            if not self._is_alive(job):
+                continue  # that costs nothing: only questions are paced, or finished jobs would gather
             gone = self._is_lost(job, now) if job.form is Form.STEP else bool(job.open) and job.sender.cancelled()
             if gone:
                 self._cancel(job)
-            if not job.cancelled and any(stream.id in self._streams for stream in job.streams):
+            if self._is_alive(job):
                 self._jobs.append(job)
             now = time.monotonic()
             self._next_check = now + max(CHECK_SECONDS / (len(self._jobs) or 1), 1 / CHECKS_PER_SECOND)
+
+    def _is_alive(self, job: Job) -> bool:
+        return not job.cancelled and any(stream.id in self._streams for stream in job.streams)
 
     def _is_lost(self, job: Job, now: float) -> bool:
         """Whether the ensemble no longer passes a job's chunks on: its client is gone, and Triton does not tell."""
