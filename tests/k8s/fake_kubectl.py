@@ -74,7 +74,7 @@ def start(number: int) -> None:
             sock.bind(("127.0.0.1", 0))
         http, grpc, metrics = (sock.getsockname()[1] for sock in (one, two, three))
     ports = {"--http-port": http, "--grpc-port": grpc, "--metrics-port": metrics}
-    command = [sys.executable, "-m", "roundhouse.cli", *container["command"][1:]]
+    command = [sys.executable, "-m", "roundhouse.cli", *container["command"][1:], "--log-verbose"]
     command[command.index("/deployment/deployment.yaml")] = str(STATE / "deployment.yaml")
     for index, argument in enumerate(command):
         name = argument.split("=")[0]
@@ -107,7 +107,8 @@ def wait_ready() -> None:
     deadline = time.monotonic() + 120
     while not any(is_ready(pod) for pod in pods()):
         if time.monotonic() > deadline:
-            sys.exit("error: timed out waiting for the condition")
+            logs = "".join(path.read_text() for path in sorted(STATE.glob("log-*")))
+            sys.exit(f"error: timed out waiting for the condition\n{logs}")
         time.sleep(0.1)
     print('deployment "roundhouse" successfully rolled out')
 
