@@ -87,20 +87,12 @@ def test_equal_prefixes_share_blocks_within_one_salt(server: Server) -> None:
 
 def test_stop_words_seeds_and_several_sequences(server: Server) -> None:
     assert "three" not in answer(server, "ensemble", PROMPT, stop_words=["two"])
-    story = {"text_input": "story:", "max_tokens": 24, "temperature": 1.0, "exclude_input_in_output": True}
+    story = {"text_input": "story:", "max_tokens": 24, "temperature": 4.0, "exclude_input_in_output": True}
     once, again, other = (ask(server, "ensemble", **story, seed=seed)[-1].text for seed in (5, 5, 6))
     assert once == again != other
     replies = ask(server, "tensorrt_llm_bls", **story, num_return_sequences=3, seed=1)
-    assert (
-        len(
-            {
-                reply.tensors["text_output"].reshape(-1)[i]
-                for reply in replies
-                for i in range(reply.tensors["text_output"].size)
-            }
-        )
-        == 3
-    )
+    texts = [text for reply in replies for text in reply.tensors["text_output"].reshape(-1)]
+    assert len(set(texts)) == len(texts) == 3
 
 
 def test_guided_decoding(server: Server) -> None:
@@ -114,8 +106,8 @@ def test_guided_decoding(server: Server) -> None:
 def test_a_client_that_goes_away_frees_its_blocks(server: Server, model: str) -> None:
     with opened(server, model, {"text_input": PROMPT, "max_tokens": 1500, "stream": True, "end_id": 1048576}) as stream:
         next(stream.replies())
-        assert client.gauge(server, "active") >= 1
-    until(lambda: client.gauge(server, "active") == 0, 5, "nothing active")
+        until(lambda: client.gauge(server, "active") == 1, 5, "one active")
+    until(lambda: client.gauge(server, "active") == 0, 10, "nothing active")
 
 
 def test_bad_requests_name_their_field(server: Server) -> None:
