@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 
 import pytest
-import requests
 
-from tests.server.client import until
 from tests.server.conftest import Server, write_deployment
 
 LOADED = {
@@ -20,14 +17,6 @@ LOADED = {
 
 @pytest.fixture(scope="session")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """With the OpenAI-compatible door."""
     folder = tmp_path_factory.mktemp("loaded")
-    with Server(write_deployment(folder, LOADED), folder / "server.log", "--openai") as server:
-        until(lambda: _opened(server), 60, "the door is open")
+    with Server(write_deployment(folder, LOADED), folder / "server.log") as server:
         yield server
-
-
-def _opened(server: Server) -> bool:
-    with suppress(requests.ConnectionError):
-        return requests.get(f"{server.openai_url}/ready", timeout=5).ok
-    return False

@@ -84,16 +84,6 @@ def test_streaming_users(loaded: Server, short: Path, tmp_path: Path, client: st
     assert "TTFT" in (tmp_path / "run.html").read_text()
 
 
-def test_openai_users_of_our_own_door(loaded: Server, short: Path, tmp_path: Path) -> None:
-    options = ("--client", "openai", "--model", "tiny")
-    result = locust(tmp_path, short, loaded.openai_url, *options, deployment=loaded.deployment)
-    assert result.code == 0, result.output
-    assert result.summary["finished"] > 4
-    assert result.summary["tpot_ms"]["p50"] == pytest.approx(5, rel=0.6)
-    tokens = result.summary["output_tokens_per_second"] * result.summary["seconds"]
-    assert tokens >= result.summary["finished"] * SHORT["answer"], "counted as the server counts"
-
-
 def test_unary_users_have_no_first_token(loaded: Server, short: Path, tmp_path: Path) -> None:
     result = locust(tmp_path, short, loaded.http_url, "--client", "unary", deployment=loaded.deployment)
     assert result.code == 0, result.output
