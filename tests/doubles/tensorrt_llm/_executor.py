@@ -19,7 +19,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numba
 import numpy as np
+import torch
 from tensorrt_llm._library import LIBRARY
 from tensorrt_llm._model import JSON, Model, Vocabulary
 from tensorrt_llm._nanobind import Overloads
@@ -404,6 +406,8 @@ class Executor(M["Executor"]):  # type: ignore[misc]
                 self._lock.wait(left)
 
     def _run(self) -> None:
+        torch.set_num_threads(1)  # both count for the calling thread
+        numba.set_num_threads(1)
         pause = self.engine.iteration_seconds
         while True:
             with self._lock:
