@@ -1,4 +1,4 @@
-"""NVIDIA's aiperf drives the server unmodified, and measures what we measure. Where it is not installed: skipped.
+"""Whether NVIDIA's aiperf drives the server unmodified and measures what we do. Where it is not installed: skipped.
 
 python -m venv AIPERF && AIPERF/bin/pip install aiperf
 ROUNDHOUSE_AIPERF=AIPERF/bin/aiperf .venv/bin/python -m pytest tests/loadtests/test_aiperf.py
