@@ -24,7 +24,6 @@ from tests.server.test_contract import (  # noqa: F401  the contract, once more,
     TestSampling,
     TestTensorrtLlm,
     TestWordsAndEnds,
-    model,
 )
 
 pytestmark = pytest.mark.server
@@ -49,6 +48,12 @@ def deployment(folder: Path, *, drafts: bool = False, **behaviour: Any) -> dict[
         write_engine(folder / "draft-engine", draft, **common)
         made["speculative"] = {"method": "draft_target", "draft_model": str(draft), "draft_engine": "draft-engine"}
     return made
+
+
+@pytest.fixture
+def model() -> str:
+    """The engine is the same behind each model: one of them will do for the contract."""
+    return "ensemble"
 
 
 @pytest.fixture(scope="module")
