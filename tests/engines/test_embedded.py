@@ -122,8 +122,20 @@ def test_without_chunked_prefill(random_model: Path) -> None:
     assert all(len(answer.tokens) == 8 for answer in answers.values())
 
 
+def products_keep_their_order() -> bool:
+    """Whether the matrix library sums in one order for any number of rows from 2 up. On AMD processors MKL does not."""
+    torch.manual_seed(0)
+    weights, rows = torch.randn(64, 128), torch.randn(300, 64)
+    whole = torch.mm(rows, weights)
+    return all(torch.equal(torch.mm(rows[:count], weights), whole[:count]) for count in range(2, 300))
+
+
 def test_bit_for_bit_the_same_in_any_batch(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Log probabilities show what equal tokens would hide: not one bit depends on the batch, chunks or reuse."""
+    """Log probabilities show what equal tokens would hide: not one bit depends on the batch, chunks or reuse.
+
+    As far as the matrix library keeps its order; where it does not, the last digits of 32 bits may differ.
+    """
+    tolerance = {"abs": 0.0, "rel": 0.0} if products_keep_their_order() else {"abs": 1e-4}
     settings = {"model": random_model, "max_batch_size": 16}
     requests = [request(i, prompt=prompt(i, 3 + 11 * i), max_tokens=25, log_probs=True) for i in range(16)]
     alone = EmbeddedEngine(EmbeddedConfig(**settings, reuse=False))
@@ -132,7 +144,9 @@ def test_bit_for_bit_the_same_in_any_batch(random_model: Path, monkeypatch: pyte
         monkeypatch.setattr(kernels, "PARALLEL_FROM", 64 * 20)  # of 64 numbers each: some steps are large, some small
         engine = EmbeddedEngine(EmbeddedConfig(**{**settings, **changes}))
         for _ in range(2):  # the second time with reused blocks
-            assert {i: answer.log_probs for i, answer in run(engine, *requests).items()} == expected
+            answers = run(engine, *requests)
+            for i, log_probs in expected.items():
+                assert answers[i].log_probs == pytest.approx(log_probs, **tolerance)
 
 
 def test_bfloat16_weights_and_pool(random_model: Path) -> None:
