@@ -49,18 +49,24 @@ from roundhouse.repository import PYTHON_MODELS, SHIPPED, read
 from roundhouse.text.detokenize import Detokenizer
 from roundhouse.text.stop_words import StopMatcher
 from roundhouse.text.tokenizer import Tokenizer
-from roundhouse.triton.fields import Array, batch_of
+from roundhouse.triton.fields import Array, batch_of, timeout_of
 from roundhouse.triton.generation import TENSORRT_LLM_NAMES, from_text, from_tokens
 
 sys.modules.setdefault("triton_python_backend_utils", types.ModuleType("triton_python_backend_utils"))
 from roundhouse.triton import postprocessing, preprocessing  # noqa: E402  (they import that module)
 from roundhouse.triton.mailbox import Gone, Note, Passed, Stop  # noqa: E402
-from roundhouse.triton.model import timeout_of  # noqa: E402
 
 TOKENIZER = Tokenizer.load(Path(__file__).parents[2] / "models/tiny")
 DETOKENIZER = Detokenizer(TOKENIZER)
 INFO = EngineInfo("synthetic", "1", "tiny", TOKENIZER.vocab_size, 512, 8, 8, 32, 64)
-NUMPY = {"TYPE_INT32": "<i4", "TYPE_INT64": "<i8", "TYPE_UINT64": "<u8", "TYPE_FP32": "<f4", "TYPE_BOOL": "?"}
+NUMPY = {
+    "TYPE_INT32": "<i4",
+    "TYPE_INT64": "<i8",
+    "TYPE_UINT64": "<u8",
+    "TYPE_FP16": "<f2",
+    "TYPE_FP32": "<f4",
+    "TYPE_BOOL": "?",
+}
 MANY = 6  # values of a dimension that may have any number
 NOTES: msgspec.msgpack.Decoder[Note] = msgspec.msgpack.Decoder(Note)
 

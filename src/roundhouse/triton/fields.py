@@ -105,3 +105,15 @@ def batch_of(tensors: Mapping[str, Array], *, labels: Mapping[str, str] | None =
     return [
         Fields({name: np.atleast_1d(array[row]) for name, array in tensors.items()}, labels) for row in range(batch)
     ]
+
+
+def timeout_of(triton: int, parameter: object) -> int:
+    """Microseconds until a request expires, 0 for never.
+
+    `triton`: of a request of `infer`. `parameter`: the parameter `timeout`, where the body of `generate` puts it.
+    Raises RequestError.
+    """
+    value = triton if parameter is None else parameter
+    if type(value) is not int or not 0 <= value < 2**63:
+        refuse(f"timeout: {value!r} is not allowed; give the microseconds after which the request may be dropped")
+    return value

@@ -20,7 +20,7 @@ from roundhouse.engine.runtime import DRAINING, runtime_dir
 from roundhouse.text.detokenize import Detokenizer
 from roundhouse.text.tokenizer import Tokenizer
 from roundhouse.triton import backend
-from roundhouse.triton.fields import Array, Fields, batch_of, refuse
+from roundhouse.triton.fields import Array, Fields, batch_of, refuse, timeout_of
 from roundhouse.triton.front import Front
 from roundhouse.triton.generation import Generation
 from roundhouse.triton.metrics import Metrics
@@ -54,18 +54,6 @@ class Settings:
     def tokenizer(self) -> Tokenizer:
         model = self.deployment.model
         return Tokenizer.load(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code)
-
-
-def timeout_of(triton: int, parameter: object) -> int:
-    """Microseconds until a request expires, 0 for never.
-
-    `triton`: of a request of `infer`. `parameter`: the parameter `timeout`, where the body of `generate` puts it.
-    Raises RequestError.
-    """
-    value = triton if parameter is None else parameter
-    if type(value) is not int or not 0 <= value < 2**63:
-        refuse(f"timeout: {value!r} is not allowed; give the microseconds after which the request may be dropped")
-    return value
 
 
 class StreamingModel:

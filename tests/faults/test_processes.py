@@ -1,0 +1,135 @@
+"""Clients that misbehave, servers that meet, processes that are killed or stopped at the wrong time."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import psutil
+import pytest
+import requests
+from tritonclient.utils import InferenceServerException
+
+from tests.faults.conftest import FAST, LIMITS, Start
+from tests.server.client import answer, ask, gauge, generate, until
+from tests.server.conftest import Server, write_deployment
+
+pytestmark = pytest.mark.server
+LONG = {"text_input": "a b c", "max_tokens": 4000, "end_id": 1048576, "stream": True}
+
+
+def command(server: Server, path: Path) -> list[str]:
+    """What starts a second server on the ports of the first."""
+    ports = [str(urlsplit(url).port or url.rpartition(":")[2]) for url in (server.http_url, server.metrics_url)]
+    return [
+        *(sys.executable, "-m", "roundhouse.cli", "serve", str(path)),
+        *("--http-port", ports[0], "--metrics-port", ports[1], "--grpc-port", server.grpc_url.rpartition(":")[2]),
+    ]
+
+
+def test_a_second_server_on_the_same_ports_says_so(shared: Server, tmp_path: Path) -> None:
+    path = write_deployment(tmp_path, {"engine": FAST, "limits": LIMITS})
+    done = subprocess.run(command(shared, path), capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert "already in use" in done.stderr
+    assert answer(shared, "ensemble", "a b", 4)
+
+
+def test_two_servers_side_by_side_share_nothing(shared: Server, start: Start) -> None:
+    other = start()
+    assert answer(shared, "ensemble", "left", 8) != answer(other, "ensemble", "right", 8)
+    other.engine().kill()
+    assert answer(shared, "ensemble", "left", 8)
+
+
+def test_thousands_of_half_open_connections(shared: Server) -> None:
+    """Some say nothing, some stop in the middle of a request; all stay open while others are served."""
+    http = urlsplit(shared.http_url).port or 0
+    grpc = int(shared.grpc_url.rpartition(":")[2])
+    with ExitStack() as stack:
+        for number in range(2000):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", grpc if number % 2 else http), timeout=5))
+            if number % 4 == 0:
+                sock.sendall(b"POST /v2/models/ensemble/generate HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
+        started = time.monotonic()
+        for model in ("ensemble", "tensorrt_llm_bls"):
+            assert answer(shared, model, "a b", 8)
+            assert generate(shared, model, text_input="a b", max_tokens=8).status_code == 200
+        assert time.monotonic() - started < 5
+    until(lambda: generate(shared, "ensemble", text_input="a", max_tokens=1).status_code == 200, 5, "an answer")
+
+
+def test_a_client_that_does_not_read_holds_nobody_up(shared: Server) -> None:
+    url = f"{shared.http_url}/v2/models/tensorrt_llm_bls/generate_stream"
+    with ExitStack() as stack:
+        for _ in range(8):
+            response = stack.enter_context(requests.post(url, json=LONG, stream=True, timeout=30))
+            assert response.status_code == 200  # and no byte of the answer is read
+        started = time.monotonic()
+        assert answer(shared, "tensorrt_llm_bls", "a b", 40)
+        assert time.monotonic() - started < 2
+    until(lambda: gauge(shared, "active") == 0, 5, "idle")
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"text_input": "x" * 20_000_000, "max_tokens": 4},
+        {"text_input": "x", "max_tokens": 2**31 - 1},
+        {"text_input": "x", "max_tokens": 4, "stop_words": ["y" * 1_000_000]},
+        {"text_input": "x", "max_tokens": 8000, "num_return_sequences": 128},
+    ],
+    ids=["prompt of 20 MB", "endless answer", "huge stop word", "many sequences"],
+)
+def test_requests_that_want_too_much_are_refused(shared: Server, inputs: dict[str, object]) -> None:
+    with pytest.raises(InferenceServerException):
+        ask(shared, "tensorrt_llm_bls", **inputs)
+    until(lambda: gauge(shared, "active") == 0, 5, "idle")
+    assert answer(shared, "tensorrt_llm_bls", "a b", 4)
+
+
+def test_a_hundred_million_token_ids_are_refused_before_they_become_python_integers(shared: Server) -> None:
+    (front,) = [p for p in shared.processes("triton_python_backend_stub") if "/tensorrt_llm/1/" in p.cmdline()[1]]
+    before = front.memory_full_info().uss
+    ids = np.ones((1, 20_000_000), dtype=np.int32)
+    with pytest.raises(InferenceServerException, match="max_seq_len"):
+        ask(shared, "tensorrt_llm", input_ids=ids, input_lengths=20_000_000, request_output_len=4)
+    assert front.memory_full_info().uss - before < 100e6
+
+
+def test_everything_ends_with_a_serve_that_is_killed(start: Start) -> None:
+    server = start()
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    assert len(family) >= 6
+    regions = [Path("/dev/shm") / p.cmdline()[2] for p in family if "triton_python_backend_stub" in p.cmdline()[0]]
+    server.process.kill()
+    server.process.wait()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    for region in regions:  # nobody is left who could
+        region.unlink(missing_ok=True)
+    assert alive == []
+
+
+def test_sigterm_while_it_loads(tmp_path: Path, shared: Server) -> None:
+    from tests.server.conftest import free_ports
+
+    path = write_deployment(tmp_path, {"engine": {**FAST, "load_seconds": 60}, "limits": LIMITS})
+    http, grpc, metrics = map(str, free_ports(3))
+    options = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
+    with subprocess.Popen([sys.executable, "-m", "roundhouse.cli", "serve", str(path), *options]) as process:
+        me = psutil.Process(process.pid)
+        until(
+            lambda: any("engine.host" in " ".join(p.cmdline()) for p in me.children(recursive=True)), 20, "the engine"
+        )
+        family = me.children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 0
+    _, alive = psutil.wait_procs(family, timeout=8)
+    assert alive == []
