@@ -14,7 +14,6 @@ import select
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from contextlib import suppress
@@ -54,7 +53,6 @@ STUCK = 4  # exit code
 HEARTBEAT_SECONDS = 0.1
 SEND_QUEUE = 2000  # messages that may wait for a front before it is dropped
 SLICE = 256  # messages that are read between two steps
-OUTLIVE_SECONDS = 5.0  # for the engine to end by itself once the server is gone
 
 
 @dataclass(eq=False)
@@ -67,6 +65,7 @@ class Front:
     identity: bytes
     name: str
     pidfd: int
+    of_server: bool  # a process that the server has started
     ids: dict[int, int] = field(default_factory=dict)
     started: set[int] = field(default_factory=set)
     held: dict[int, Output] = field(default_factory=dict)
@@ -106,6 +105,7 @@ class Host:
         self._dropped: set[bytes] = set()  # fronts that still have to be told
         self._owners: dict[int, tuple[Front, int]] = {}  # our id -> front and its id
         self._last_id = 0
+        self._server_pid = server_pid
         self._server = os.pidfd_open(server_pid)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -182,7 +182,7 @@ class Host:
             return
         if identity in self._fronts:  # it begins anew
             self._forget(self._fronts[identity])
-        self._fronts[identity] = Front(identity, hello.front, pidfd)
+        self._fronts[identity] = Front(identity, hello.front, pidfd, _parent(hello.pid) == self._server_pid)
         self._poller.register(pidfd, zmq.POLLIN)
         self._send(identity, Welcome(self._engine.info, os.getpid()))
 
@@ -303,6 +303,17 @@ class Host:
             if identity in self._fronts:
                 self._forget(self._fronts[identity])
 
+    def end_fronts(self, seconds: float) -> None:
+        """See to it that the server's fronts end with it.
+
+        One that was telling Triton of its metrics waits for an answer, holding its interpreter's lock: it cannot do so
+        by itself.
+        """
+        deadline = time.monotonic() + seconds
+        for front in self._fronts.values():
+            if front.of_server and not select.select([front.pidfd], [], [], max(deadline - time.monotonic(), 0.0))[0]:
+                signal.pidfd_send_signal(front.pidfd, signal.SIGKILL)
+
     def _forget(self, front: Front) -> None:
         del self._fronts[front.identity]
         self._poller.unregister(front.pidfd)
@@ -331,17 +342,21 @@ def bind(path: Path, socket: zmq.Socket[bytes] | None = None) -> zmq.Socket[byte
     return socket
 
 
+def _parent(pid: int) -> int:
+    """The process that has started this one; 0 if it is gone."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
 def _end_after(server_pid: int, folder: Path) -> None:
     """End this process some time after the server, whatever it is doing: loading, a step that hangs, closing."""
 
-    def watch() -> None:
-        with suppress(ProcessLookupError):
-            select.select([os.pidfd_open(server_pid)], [], [])
-        time.sleep(OUTLIVE_SECONDS)
+    def end() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
-    threading.Thread(target=watch, name="end after the server", daemon=True).start()
+    runtime.when_gone(server_pid, runtime.OUTLIVE_SECONDS, end)
 
 
 def main() -> int:
@@ -371,6 +386,8 @@ def main() -> int:
     server_gone = host.run()
     if host.stuck:
         os._exit(STUCK)  # closing would wait for what hangs
+    if server_gone:
+        host.end_fronts(runtime.OUTLIVE_SECONDS / 2)
     host.close()
     engine.close()
     if server_gone:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import select
 import shutil
 import stat
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +24,7 @@ SECRET = "secret"
 LOCK = "engine.lock"
 PID = "engine.pid"
 FAILURE = "engine.failure"
+OUTLIVE_SECONDS = 5.0  # for a process of a server to end by itself once the server is gone
 DRAINING = "draining"  # exists once the server takes no more requests
 SERVER = "server.json"  # a ServerRecord, once the server is ready
 
@@ -142,3 +146,15 @@ def _in_use(folder: Path) -> bool:
         finally:
             os.close(lock)
     return False
+
+
+def when_gone(pid: int, seconds: float, then: Callable[[], None]) -> None:
+    """Call `then`, in a thread of its own, so many seconds after the process has ended."""
+
+    def watch() -> None:
+        with suppress(ProcessLookupError):
+            select.select([os.pidfd_open(pid)], [], [])
+        time.sleep(seconds)
+        then()
+
+    threading.Thread(target=watch, name="end after the server", daemon=True).start()

@@ -16,7 +16,7 @@ from roundhouse.bugs import described
 from roundhouse.engine.base import RequestError
 from roundhouse.engine.client import EngineClient
 from roundhouse.engine.protocol import Error, ErrorCode
-from roundhouse.engine.runtime import DRAINING, runtime_dir
+from roundhouse.engine.runtime import DRAINING, OUTLIVE_SECONDS, runtime_dir, when_gone
 from roundhouse.text.detokenize import Detokenizer
 from roundhouse.text.tokenizer import Tokenizer
 from roundhouse.triton import backend
@@ -34,6 +34,8 @@ class Settings:
     """What `initialize` gets: the model's config.pbtxt, its name, its instance."""
 
     def __init__(self, args: Mapping[str, str]) -> None:
+        # Triton's stub may wait for ever for a server that was killed.
+        when_gone(os.getppid(), OUTLIVE_SECONDS, lambda: os._exit(1))
         config = json.loads(args["model_config"])
         self.name: str = args["model_name"]
         self.version: str = args["model_version"]
