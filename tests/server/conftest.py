@@ -22,6 +22,10 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "models/tiny")
 START_SECONDS = 120
+VLLM_PYTHON = ROOT / ".venv-vllm/bin/python"
+needs_vllm = pytest.mark.skipif(
+    not (ROOT / ".venv-vllm/.roundhouse-vllm").exists(), reason="vLLM's environment is missing: scripts/setup --vllm"
+)
 
 
 def free_ports(count: int) -> list[int]:

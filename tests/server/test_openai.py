@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server import client
 from tests.server.client import gauge, until
-from tests.server.conftest import ROOT, Server, Start, write_deployment
+from tests.server.conftest import VLLM_PYTHON, Server, Start, needs_vllm, write_deployment
 from tests.server.door import KEY, Door, opened
 
 pytestmark = pytest.mark.server
@@ -293,14 +292,13 @@ def test_what_the_command_lacks_is_told(local_cpu: Server, tmp_path: Path) -> No
 
 # --- an engine with guided decoding -------------------------------------------------------------------
 
-VLLM = Path(os.environ.get("ROUNDHOUSE_ENGINE_PYTHON", ROOT / ".venv-vllm/bin/python"))
 CITY = {"type": "object", "properties": {"city": {"enum": ["Bonn", "Kiel"]}}, "required": ["city"]}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {**CITY, "additionalProperties": False}}}
 
 
-@pytest.mark.skipif(not VLLM.exists(), reason="needs an environment with vLLM, in ROUNDHOUSE_ENGINE_PYTHON")
+@needs_vllm
 def test_json_and_tools_with_an_engine_that_can(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ROUNDHOUSE_ENGINE_PYTHON", str(VLLM))
+    monkeypatch.setenv("ROUNDHOUSE_ENGINE_PYTHON", str(VLLM_PYTHON))
     server = start(
         {
             "engine": {"kind": "vllm", "eager": True},

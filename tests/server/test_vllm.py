@@ -16,13 +16,9 @@ from tritonclient.utils import InferenceServerException
 
 from tests.server import client
 from tests.server.client import answer, ask, generate, opened, until
-from tests.server.conftest import ROOT, TINY, Server, write_deployment
+from tests.server.conftest import ROOT, TINY, VLLM_PYTHON, Server, needs_vllm, write_deployment
 
-PYTHON = ROOT / ".venv-vllm/bin/python"
-pytestmark = [
-    pytest.mark.server,
-    pytest.mark.skipif(not PYTHON.exists(), reason="there is no .venv-vllm: scripts/setup --vllm"),
-]
+pytestmark = [pytest.mark.server, needs_vllm]
 MODELS = ("ensemble", "tensorrt_llm_bls")
 PROMPT = "copy: one two three ="
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -48,7 +44,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     deployment["limits"] |= {"max_batch_size": 8, "queue": 8}
     folder = tmp_path_factory.mktemp("vllm")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ROUNDHOUSE_ENGINE_PYTHON", str(PYTHON))
+        patch.setenv("ROUNDHOUSE_ENGINE_PYTHON", str(VLLM_PYTHON))
         with Server(write_deployment(folder, deployment), folder / "server.log") as started:
             yield started
 

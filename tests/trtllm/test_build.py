@@ -417,11 +417,20 @@ def test_the_command_line_reports_refusals_in_one_line(folder: Path) -> None:
     assert said.count("\n") == 1
 
 
-def test_progress_is_told_where_there_is_no_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_told_where_there_is_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "PROGRESS_SECONDS", 0.01)
-    said = run(folder)
-    assert "target: compile: 0:0" in said
-    assert "target: quantise: done in 0:0" in said
+    said = io.StringIO()
+    with (tmp_path / "lock").open("w") as lock:
+        step.run(
+            "compile",
+            ["sh", "-c", "echo timing tactics; sleep 0.5"],
+            cwd=tmp_path,
+            log=tmp_path / "log",
+            console=Console(file=said, soft_wrap=True),
+            keep_open=lock.fileno(),
+        )
+    assert "compile: 0:00  timing tactics" in said.getvalue()
+    assert "compile: done in 0:0" in said.getvalue()
 
 
 # --- the stand-ins ----------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from roundhouse.openai.schema import Chat, Completion, Detokenize, ErrorBody, Ge
 from roundhouse.text.detokenize import Detokenizer
 from roundhouse.text.tokenizer import Tokenizer
 
+JOIN_SECONDS = 5.0  # with no engine by then, listen all the same: /health and /ready say how things are
 LARGE_BODY = 50_000  # bytes: from there on, tokenising is left to a thread, so that it delays nobody's tokens
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STOPPING = "the server is stopping and takes no new requests; send it to another server, or again in a while"
@@ -61,8 +62,11 @@ class Door:
 
     @asynccontextmanager
     async def joined(self, app: FastAPI) -> AsyncIterator[None]:
-        """With the engine joined, as long as it takes."""
+        """With the engine joined: uvicorn listens once this yields, so no client meets a worker that is not ready."""
         self._engine = AsyncEngine(self._server_pid, "openai", log=log.warning)
+        deadline = time.monotonic() + JOIN_SECONDS
+        while self._engine.info is None and time.monotonic() < deadline and not self.draining:
+            await asyncio.sleep(0.01)
         yield
         self._engine.close()
 
