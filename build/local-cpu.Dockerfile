@@ -9,10 +9,10 @@ WORKDIR /opt/roundhouse
 COPY pyproject.toml requirements.lock README.md LICENSE ./
 COPY scripts scripts
 COPY src src
-RUN scripts/setup \
- && .venv/bin/python -m pip install --no-cache-dir --disable-pip-version-check \
-        --constraint requirements.lock --editable '.[cpu,bench]' \
- && rm -rf /root/.cache
+RUN export PIP_NO_CACHE_DIR=1 \
+ && scripts/setup \
+ && .venv/bin/python -m pip install --disable-pip-version-check \
+        --constraint requirements.lock --editable '.[cpu,bench]'
 COPY model_repository model_repository
 COPY deployments deployments
 COPY models models
