@@ -229,6 +229,24 @@ def test_beyond_the_pace_tokens_travel_together_and_first_tokens_do_not_wait(
         front.close()
 
 
+def test_last_chunks_go_before_those_that_wait(client: QueueClient, tmp_path: Path) -> None:
+    front = start(client, tmp_path, rate=0.5)
+    try:
+        made = [job() for _ in range(5)]
+        ids = [submit(front, client, one) for one, _ in made]
+        letters = TOKENIZER.encode("a", False)
+        for _ in range(2):  # the second ones wait: five first ones have used up the pace for ten seconds
+            client.give(*(Output(id=id, tokens=letters) for id in ids))
+            client.wait_taken()
+        sender = made[-1][1]
+        client.give(Output(id=ids[-1], tokens=letters, finish_reason=FinishReason.LENGTH))
+        assert sender.finished.wait(5)
+        assert sender.texts == ["a", "aa"]
+        assert [len(other.responses) for _, other in made[:-1]] == [1] * 4
+    finally:
+        front.close()
+
+
 class TestEnsembleStep:
     def test_chunks_wait_for_postprocessing(self, front: Front, client: QueueClient, tmp_path: Path) -> None:
         made, sender = job(form=Form.STEP)
@@ -242,6 +260,9 @@ class TestEnsembleStep:
         until(lambda: len(sender.responses) == 3)
         assert sender.responses[-1]["sequence_length"].item() == 2  # what gathered meanwhile
         assert [r["chunk"].tolist()[0] for r in sender.responses] == [[1, id, n, 0] for n in (1, 2, 3)]
+        client.give(Output(id=id, tokens=letter, finish_reason=FinishReason.LENGTH))
+        assert sender.finished.wait(1)  # the last one waits for nobody
+        assert [r["chunk"].tolist()[0] for r in sender.responses[3:]] == [[1, id, 4, 1]]
         post.close()
 
     def test_a_lost_chunk_means_that_the_client_is_gone(self, front: Front, client: QueueClient) -> None:

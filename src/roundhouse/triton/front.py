@@ -2,7 +2,8 @@
 
 `execute` hands jobs over and returns. The thread does everything else in one loop: takes the engine's outputs, sends
 responses at the pace, notices clients that have gone, keeps count. Streams with tokens pending stand in one queue,
-oldest first, so that none starves; what arrives while a stream waits travels together.
+oldest first, so that none starves; what arrives while a stream waits travels together. The first chunk of an answer
+and the last go before all others: a client waits for the one, and sends its next request after the other.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Front:
         self._orders: deque[Job | Stop] = deque()  # from `execute`
         self._jobs: deque[Job] = deque()  # in the order in which their clients are asked for
         self._streams: dict[int, Stream] = {}
-        self._urgent: deque[Stream] = deque()  # first tokens
+        self._urgent: deque[Stream] = deque()  # first and last chunks
         self._queue: deque[Stream] = deque()
         self._next_check = 0.0
         self._passage = Passage(MAX_ON_THE_WAY, PASSAGE_SECONDS)
@@ -221,7 +222,11 @@ class Front:
             self._enqueue(stream)
 
     def _enqueue(self, stream: Stream) -> None:
-        if not stream.queued and len(stream.unacknowledged) < MAX_UNACKNOWLEDGED:
+        """Let it stand in the queue, or, to begin or to end its answer, before all that do."""
+        if stream.last:
+            stream.queued = True  # it may be in the queue too, where it will be passed over
+            self._urgent.append(stream)
+        elif not stream.queued and len(stream.unacknowledged) < MAX_UNACKNOWLEDGED:
             stream.queued = True
             (self._queue if stream.chunks else self._urgent).append(stream)
 
@@ -239,8 +244,8 @@ class Front:
                 stream = self._queue.popleft()
             else:
                 return
-            stream.queued = False
-            if not stream.job.cancelled:
+            was_queued, stream.queued = stream.queued, False
+            if was_queued and not stream.job.cancelled:
                 try:
                     self._respond(stream, now)
                 except Exception as error:

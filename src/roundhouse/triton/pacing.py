@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+GATHERED = 16  # responses
+GATHER_SECONDS = 0.032  # the longest that any waits for others
+
 
 class Pace:
     """A token bucket over responses: `rate` a second, with bursts of up to a quarter of a second's.
 
     Taking is always allowed and may leave the bucket in debt; `wait` says for how long nothing more should be sent.
+    When the bucket is empty, GATHERED responses come together before the next is due: each that is sent alone wakes
+    this process, Triton and the client, and takes a core from an engine that computes on all of them.
     """
 
     def __init__(self, rate: float, now: float) -> None:
         self._rate = rate
         self._burst = max(rate / 4, 1.0)
+        self._gathered = min(GATHERED, max(rate * GATHER_SECONDS, 1.0))
         self._level = self._burst
         self._then = now
+        self._due = 1.0  # the level at which the next response is due
 
     def take(self) -> None:
         self._level -= 1
@@ -24,7 +31,11 @@ class Pace:
         """Seconds until a response may be sent; 0 if one may be sent now."""
         self._level = min(self._level + (now - self._then) * self._rate, self._burst)
         self._then = now
-        return max((1 - self._level) / self._rate, 0.0)
+        if self._level < 1:
+            self._due = self._gathered
+        elif self._level >= self._due:
+            self._due = 1.0
+        return max((self._due - self._level) / self._rate, 0.0)
 
 
 class Departure(NamedTuple):
