@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def search(folder: Path, raw: dict[str, Any] | None = None) -> Search:
 
 def run(one: Search, limit: int, try_: Any = modelled) -> list[dict[str, Any]]:
     told: list[dict[str, Any]] = []
-    one.run(BENCH, Clock(5), 0, limit, told.append, try_)
+    one.run(BENCH, Clock(5), lambda: 0, limit, told.append, try_)
     return told
 
 
@@ -92,6 +93,21 @@ def test_it_goes_on_after_its_own_end(tmp_path: Path) -> None:
     assert again.records()[: len(before)] == before
     with pytest.raises(OtherStudyError, match="choose another folder"):
         search(tmp_path, {**POOR, "limits": {"max_batch_size": 8, "max_seq_len": 1024}})
+
+
+def test_it_keeps_as_much_time_as_its_trials_have_shown_to_take(tmp_path: Path) -> None:
+    def slow(raw: dict[str, Any], bench: Bench, checkpoint: Any) -> dict[str, Any]:
+        time.sleep(0.2)
+        return modelled(raw, bench, lambda step, rate: None)
+
+    one = search(tmp_path)
+    assert one.trial_seconds() is None
+    told: list[dict[str, Any]] = []
+    clock = Clock(1.5 / 60)
+    one.run(BENCH, clock, lambda: 3 * (one.trial_seconds() or 0), None, told.append, slow)
+    assert told, "the first one is always made"
+    assert 0.2 <= (one.trial_seconds() or 0) < 1
+    assert clock.left > 0, "time for the proof is left"
 
 
 def test_what_does_not_matter_stays_as_it_was() -> None:

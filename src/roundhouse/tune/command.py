@@ -118,22 +118,29 @@ class Tuning:
 
     def run(self) -> dict[str, Any]:
         """All of it. Raises UsageError if no trial could be measured; StartError or LoadError in the confirmation."""
-        confirming = 2 * self.asked.repeats * self._trial_seconds()
-        reserve = min(confirming + SETTLING_TRIALS * self._trial_seconds(), (1 - SEARCH_SHARE) * self.clock.seconds)
-        self._say(f"searching for {(self.clock.left - reserve) / 60:.1f} minutes, the rest is for the proof")
-        self.search.run(self.bench, self.clock, reserve, self.asked.trials, self._told, attempt)
+        self._say(f"searching for {(self.clock.left - self._reserve()) / 60:.1f} minutes, the rest is for the proof")
+        self.search.run(self.bench, self.clock, self._reserve, self.asked.trials, self._told, attempt)
         best = self.search.best()
         if best is None or best.value is None:
             raise UsageError(f"no trial could be measured; {self.folder / 'trials.json'} says why")
         kept, effects = settle.settle(
-            self.raw, self.search.start, best.params, best.value, self.bench, self.clock, confirming, attempt,
+            self.raw, self.search.start, best.params, best.value, self.bench, self.clock, self._confirming(), attempt,
             lambda effect: self._say(effect.line()),
         )  # fmt: skip
         tuned = self._write_tuned(kept)
         return self._outcome(tuned, effects, self._confirm())
 
     def _trial_seconds(self) -> float:
-        return SERVER_SECONDS + self.bench.warm_up + self.bench.seconds
+        return self.search.trial_seconds() or SERVER_SECONDS + self.bench.warm_up + self.bench.seconds
+
+    def _confirming(self) -> float:
+        """Seconds that the confirmation takes."""
+        return 2 * self.asked.repeats * self._trial_seconds()
+
+    def _reserve(self) -> float:
+        """Seconds that are kept for what follows the search. Trials tell how long their servers take to start."""
+        settling = SETTLING_TRIALS * self._trial_seconds()
+        return min(self._confirming() + settling, (1 - SEARCH_SHARE) * self.clock.seconds)
 
     def _told(self, record: dict[str, Any]) -> None:
         if "figures" in record:
@@ -156,11 +163,8 @@ class Tuning:
         """Start and tuned deployment in turn, on prompts that no trial had; at half of the load too, if time allows."""
         bench, level = self.bench, self.bench.level
         levels = [level]
-        each = bench.warm_up + bench.seconds + 3
-        if (
-            self.clock.left > 2 * self.asked.repeats * (SERVER_SECONDS + 2 * each)
-            and (lighter := _lighter(level)) is not None
-        ):
+        both = self._confirming() + 2 * self.asked.repeats * (bench.warm_up + bench.seconds + 3)
+        if self.clock.left > both and (lighter := _lighter(level)) is not None:
             levels.insert(0, lighter)
         self._say(f"confirming: start and tuned deployment, {self.asked.repeats} x each")
         pair = [Contestant.of(str(path), path) for path in (self.asked.deployment, self.folder / "tuned.yaml")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,12 @@ class Search:
                 defaults[knob.key] = self.start[knob.key]
         return defaults
 
-    def run(self, bench: Bench, clock: Clock, reserve: float, limit: int | None, told: Told, attempt: Attempt) -> None:
+    def run(
+        self, bench: Bench, clock: Clock, reserve: Callable[[], float], limit: int | None, told: Told, attempt: Attempt
+    ) -> None:
         """Trials until only `reserve` seconds are left, `limit` were made, or nothing new is proposed."""
         done = repeated = 0
-        while clock.left > reserve and (limit is None or done < limit) and repeated < REPEATED_PROPOSALS:
+        while clock.left > reserve() and (limit is None or done < limit) and repeated < REPEATED_PROPOSALS:
             trial = self._study.ask()
             values = {knob.key: trial.suggest_categorical(knob.key, knob.values) for knob in self.knobs}
             if (same := self._tried(values)) is not None:
@@ -132,6 +135,14 @@ class Search:
     def best(self) -> FrozenTrial | None:
         complete = self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
         return max(complete, key=lambda trial: trial.value or 0.0, default=None)
+
+    def trial_seconds(self) -> float | None:
+        """What a measured trial takes, in the median; None before there was one."""
+        complete = self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        taken = [
+            trial.duration.total_seconds() for trial in complete if trial.duration and "figures" in trial.user_attrs
+        ]
+        return statistics.median(taken) if taken else None
 
     def record(self, trial: FrozenTrial) -> dict[str, Any]:
         """A trial as the JSON has it."""
