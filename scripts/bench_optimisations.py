@@ -423,7 +423,8 @@ def quality(scale: Scale) -> dict[str, Any]:
     settings |= {"kv_tokens": 65536, "tokens_per_block": 32}
     if torch.cuda.is_available():
         settings["memory_fraction"] = 0.2
-    result: dict[str, Any] = {"questions": len(asked)}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    result: dict[str, Any] = {"device": device, "questions": len(asked)}
     answers, log_probs = {}, {}
     for kv_dtype in ("auto", "fp8"):
         engine = VllmEngine(VllmConfig(kv_dtype=kv_dtype, **settings))
@@ -433,10 +434,12 @@ def quality(scale: Scale) -> dict[str, Any]:
         right = sum(given == q.expected for given, q in zip(answers[kv_dtype], asked, strict=True))
         result[kv_dtype] = {"exact_percent": round(100 * right / len(asked), 2)}
     same = sum(a == b for a, b in zip(answers["auto"], answers["fp8"], strict=True))
-    drift = np.subtract(log_probs["fp8"], log_probs["auto"])
+    moved = np.subtract(log_probs["fp8"], log_probs["auto"])
+    drift = moved[np.isfinite(moved)]
     return result | {
         "equal_answers_percent": round(100 * same / len(asked), 2),
         "log_prob_tokens": len(drift),
+        "log_probs_not_finite": len(moved) - len(drift),
         "log_prob_drift": {
             "mean": round(float(drift.mean()), 5),
             "mean_absolute": round(float(np.abs(drift).mean()), 5),
