@@ -135,7 +135,8 @@ class HttpUser(LlmUser):
     def send(self, request: Request, trace: Trace) -> None:
         path, body = self.request(request)
         try:
-            self._connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json", **self.headers()}
+            self._connection.request("POST", path, json.dumps(body), headers)
             response = self._connection.getresponse()
             if response.status != 200:
                 raise wire.refusal(response.status, response.read())
@@ -146,6 +147,9 @@ class HttpUser(LlmUser):
 
     def request(self, request: Request) -> tuple[str, dict[str, Any]]:
         return f"/v2/models/{self.test.options.model}/generate_stream", wire.generate_body(request)
+
+    def headers(self) -> dict[str, str]:
+        return {}
 
     def note(self, trace: Trace, event: dict[str, Any], at: float) -> None:
         wire.note_generated(trace, event, at)
@@ -180,6 +184,9 @@ class OpenAiUser(HttpUser):
 
     def request(self, request: Request) -> tuple[str, dict[str, Any]]:
         return "/v1/completions", wire.completion_body(request, self.test.options.model)
+
+    def headers(self) -> dict[str, str]:
+        return wire.completion_headers()
 
     def note(self, trace: Trace, event: dict[str, Any], at: float) -> None:
         wire.note_completed(trace, event, at)

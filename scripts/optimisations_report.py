@@ -119,8 +119,8 @@ def _told_quality(of: dict[str, Any]) -> str:
     q = of["quality"]
     lost = q["log_probs_not_finite"]
     return (
-        f"models/tiny on {q['device']} answers {q['fp8']['exact_percent']} % exactly instead of {q['auto']['exact_percent']} %; its log "
-        f"probs move by {q['log_prob_drift']['mean_absolute']} on average"
+        f"models/tiny on {q['device']} answers {q['fp8']['exact_percent']} % exactly instead of "
+        f"{q['auto']['exact_percent']} %; its log probs move by {q['log_prob_drift']['mean_absolute']} on average"
         + (f", and {lost} of {q['log_prob_tokens'] + lost:,} are lost: not numbers" if lost else "")
     )
 

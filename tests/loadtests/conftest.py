@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from tests.server.conftest import Server, write_deployment
 
@@ -20,3 +23,18 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("loaded")
     with Server(write_deployment(folder, LOADED), folder / "server.log") as server:
         yield server
+
+
+SHORT = {"prompt": 24, "answer": 16}
+
+
+def scenario_file(folder: Path, load: dict[str, Any], **kind: Any) -> Path:
+    """One kind of request: short, but for what is said of it."""
+    path = folder / "scenario.yaml"
+    path.write_text(yaml.safe_dump({"description": "a test", "load": load, "mix": [{**SHORT, **kind}]}))
+    return path
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> Path:
+    return scenario_file(tmp_path, {"kind": "closed", "streams": 4})

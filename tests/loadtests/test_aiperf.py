@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from roundhouse.bench.scenario import NEVER_ENDS
+from tests.loadtests.conftest import scenario_file
 from tests.loadtests.test_bench import bench
-from tests.loadtests.test_locustfile import scenario_file
 from tests.server.conftest import ROOT, Server
 
 AIPERF = os.environ.get("ROUNDHOUSE_AIPERF") or shutil.which("aiperf")

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.loadtests.conftest import LOADED
-from tests.loadtests.test_locustfile import scenario_file
+from tests.loadtests.conftest import LOADED, scenario_file
 from tests.server.conftest import Server, write_deployment
 
 pytestmark = pytest.mark.server

@@ -15,16 +15,14 @@ from typing import Any
 
 import pytest
 import requests
-import yaml
 
-from tests.loadtests.conftest import LOADED
+from tests.loadtests.conftest import LOADED, SHORT, scenario_file
 from tests.server.client import metrics, until
 from tests.server.conftest import Server, free_ports, write_deployment
 
 pytestmark = pytest.mark.server
 ROOT = Path(__file__).resolve().parents[2]
 LOCUST = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtests/locustfile.py")]
-SHORT = {"prompt": 24, "answer": 16}
 
 
 @dataclass
@@ -33,17 +31,6 @@ class Result:
     output: str
     summary: dict[str, Any]
     verdicts: list[dict[str, Any]]
-
-
-def scenario_file(folder: Path, load: dict[str, Any], **kind: Any) -> Path:
-    path = folder / "scenario.yaml"
-    path.write_text(yaml.safe_dump({"description": "a test", "load": load, "mix": [{**SHORT, **kind}]}))
-    return path
-
-
-@pytest.fixture
-def short(tmp_path: Path) -> Path:
-    return scenario_file(tmp_path, {"kind": "closed", "streams": 4})
 
 
 def locust(folder: Path, scenario: Path, host: str, *options: str, deployment: Path) -> Result:

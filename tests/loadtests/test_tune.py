@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from roundhouse import deployment as deployments
-from tests.loadtests.conftest import LOADED
-from tests.loadtests.test_locustfile import scenario_file
+from tests.loadtests.conftest import LOADED, scenario_file
 from tests.server.conftest import write_deployment
 
 pytestmark = pytest.mark.server

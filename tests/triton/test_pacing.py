@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roundhouse.triton.pacing import Pace, Passage
+from roundhouse.triton.pacing import GATHER_SECONDS, GATHERED, Pace, Passage
 
 
 def test_a_pace_is_kept_over_a_second() -> None:
@@ -19,6 +19,25 @@ def test_a_pace_is_kept_over_a_second() -> None:
             pace.take()
             sent += 1
     assert 1000 <= sent <= 1026  # with the burst at the start, and one at the end
+
+
+@given(st.integers(1, 20_000), st.lists(st.floats(0, 0.05), min_size=1, max_size=300))
+def test_beyond_the_pace_responses_gather(rate: int, sleeps: list[float]) -> None:
+    """Whoever has waited may send as many as have gathered: one, if 32 ms bring no more, and never more than 16."""
+    pace, now = Pace(rate, now=0.0), 0.0
+    while not pace.wait(now):
+        pace.take()
+    for sleep in sleeps:
+        now += sleep
+        wait = pace.wait(now)
+        if wait:
+            assert wait <= max(GATHER_SECONDS, 1 / rate) + 1e-6
+            now += wait + 1e-6
+        sent = 0
+        while not pace.wait(now):
+            pace.take()
+            sent += 1
+        assert sent >= min(GATHERED, max(int(rate * GATHER_SECONDS), 1))
 
 
 def test_chunks_wait_while_the_passage_is_full_and_go_on_when_one_is_through() -> None:

@@ -156,7 +156,7 @@ class HttpClient(Client):
 
     async def send(self, request: Request, trace: Trace) -> None:
         path, body = self.request(request)
-        async with self._session.post(path, json=body) as response:
+        async with self._session.post(path, json=body, headers=self.headers()) as response:
             if response.status != 200:
                 raise wire.refusal(response.status, await response.read())
             async for line in response.content:
@@ -170,6 +170,9 @@ class HttpClient(Client):
     def request(self, request: Request) -> tuple[str, dict[str, Any]]:
         return f"/v2/models/{self.target.model}/generate_stream", wire.generate_body(request)
 
+    def headers(self) -> dict[str, str]:
+        return {}
+
     def note(self, trace: Trace, event: dict[str, Any], at: float) -> None:
         wire.note_generated(trace, event, at)
 
@@ -179,6 +182,9 @@ class OpenAiClient(HttpClient):
 
     def request(self, request: Request) -> tuple[str, dict[str, Any]]:
         return "/v1/completions", wire.completion_body(request, self.target.model)
+
+    def headers(self) -> dict[str, str]:
+        return wire.completion_headers()
 
     def note(self, trace: Trace, event: dict[str, Any], at: float) -> None:
         wire.note_completed(trace, event, at)

@@ -1,8 +1,9 @@
-"""Requests of a scenario as the protocols spell them, and what their responses say. Pure: no client library here."""
+"""Requests of a scenario as the protocols spell them, and what their responses say. No client library here."""
 
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from roundhouse.bench.metrics import Trace
@@ -41,6 +42,12 @@ def completion_body(request: Request, model: str) -> dict[str, Any]:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+def completion_headers() -> dict[str, str]:
+    """With the key of OPENAI_API_KEY, where OpenAI's own clients look for it, too."""
+    key = os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def event_of(line: bytes) -> dict[str, Any] | None:
