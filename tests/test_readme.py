@@ -94,3 +94,13 @@ def test_the_fields_of_the_openai_door_are_told() -> None:
     told = (ROOT / "docs/openai.md").read_text(encoding="utf-8")
     fields = {*schema.Completion.model_fields, *schema.Chat.model_fields} - {"model", "messages", "stream"}
     assert [name for name in sorted(fields) if f"`{name}`" not in told] == []
+
+
+def test_the_gains_are_the_measured_ones() -> None:
+    benchmarks = ROOT / "docs/benchmarks"
+    gain = json.loads((benchmarks / "tune-embedded/trials.json").read_text())["gains"][-1]
+    assert f"| {gain['start']:.1f} | {gain['tuned']:.1f} | {gain['ratio']:.1f} x |" in README
+    pair = json.loads((benchmarks / "pair-embedded/report.json").read_text())["results"]
+    for level in ("1 stream", "16 streams"):
+        rates = [cell["median"]["output_tokens_per_second"] for cell in pair if cell["level"] == level]
+        assert f"| {rates[0]:,.0f} | {rates[1]:,.0f} | {rates[1] / rates[0]:.1f} x |" in README
