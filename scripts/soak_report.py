@@ -74,6 +74,8 @@ async def load(server: Running, seconds: float, kill_every: float) -> tuple[Tall
                 f"{tally.faults} wrong; {kills} kills",
                 flush=True,
             )
+            if tally.errors:
+                print(f"  errors: {dict(tally.errors)}", flush=True)
     return await task, kills
 
 
@@ -171,7 +173,7 @@ def main() -> int:
         "streams": tally.streams,
         "engine_kills": kills,
         "engine_restarts": figures["roundhouse_engine_restarts_total"] if figures else None,
-        "tally": asdict(tally),
+        "tally": asdict(tally) | {"errors": dict(tally.errors)},  # asdict counts a Counter's items anew
         "blocks_used_at_the_end": left,
         "held": changes,
         "grown_more_than_2_percent": leaks,

@@ -309,16 +309,19 @@ def test_json_and_tools_with_an_engine_that_can(start: Start, monkeypatch: pytes
         "--openai",
     )
     sdk = openai.OpenAI(base_url=f"{server.openai_url}/v1", api_key="none", max_retries=0)
-    until(lambda: requests.get(f"{server.openai_url}/ready", timeout=5).ok, 30, "the door is open")
-    ask: Any = {"model": "tiny", "messages": [{"role": "user", "content": SORT}], "max_tokens": 100}
+    until(Door(server.openai_url, server.log).ready, 30, "the door is open")
+    ask: Any = {"model": "tiny", "messages": [{"role": "user", "content": SORT}], "max_tokens": 100, "temperature": 0}
     form = {"type": "json_schema", "json_schema": {"name": "city", "schema": WEATHER["function"]["parameters"]}}
     text = sdk.chat.completions.create(**ask, response_format=form).choices[0].message.content
-    assert json.loads(text)["city"] in ("Bonn", "Kiel")
+    assert text in (
+        '{"city": "Bonn"}',
+        '{"city": "Kiel"}',
+    )  # no blanks but these: a model could go on with them for ever
     choice = sdk.chat.completions.create(**ask, tools=[WEATHER], tool_choice="required").choices[0]
     assert choice.finish_reason == "tool_calls"
     assert json.loads(choice.message.tool_calls[0].function.arguments)["city"] in ("Bonn", "Kiel")
     stream = sdk.chat.completions.create(**ask, tools=[WEATHER], tool_choice="required", stream=True)
     calls = [call for chunk in stream for call in chunk.choices[0].delta.tool_calls or ()]
     assert [call.function.name for call in calls] == ["weather"]
-    top = sdk.chat.completions.create(**ask, temperature=0, logprobs=True, top_logprobs=2).choices[0].logprobs
+    top = sdk.chat.completions.create(**ask, logprobs=True, top_logprobs=2).choices[0].logprobs
     assert all(entry.top_logprobs[0].token == entry.token for entry in top.content)

@@ -92,6 +92,8 @@ def engine_arguments(config: VllmConfig) -> dict[str, Any]:
         "scheduling_policy": "priority",
         "speculative_config": config.speculative,
         "generation_config": "vllm",  # a request says all that it wants; the model folder adds nothing
+        # JSON without free blanks: a small model that may write blanks writes nothing else
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     }
     if config.lora:
         # On a CPU vLLM computes sequences that have no adapter with the last slot: one more than are used stays empty.
