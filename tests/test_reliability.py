@@ -43,17 +43,6 @@ def test_fuzz() -> None:
     assert row("fuzz targets that failed") == [str(fuzz["failed"])]
 
 
-def test_soak() -> None:
-    soak = measured("soak")
-    tally = soak["tally"]
-    assert row("soaked streams") == [f"{soak['streams']:,}"]
-    faults = sum(tally[name] for name in ("wrong", "silent", "late", "hanging"))
-    assert row("lost, mixed up, doubled, late or left open") == [str(faults)]
-    assert row("ended by the client") == [f"{tally['cancelled']:,}"]
-    assert row("failed with an error, engine kills") == [f"{tally['failed']:,}, {soak['engine_kills']}"]
-    assert row("grown by more than 2 %") == [", ".join(soak["grown_more_than_2_percent"]) or "nothing"]
-
-
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"(?:tests|scripts|docs)/[\w./-]+\w", PAGE))))
 def test_the_files_exist(name: str) -> None:
     assert (ROOT / name).exists()
