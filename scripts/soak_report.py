@@ -1,8 +1,8 @@
 """The soak: mixed, checked load on the synthetic engine, with clients that go away and an engine that is killed.
 
-Passes if the server lives to the end, no stream was lost without an error, mixed up, doubled or left open, and memory of
-every process, file descriptors, threads, shared memory and KV blocks are at the end what they were after warm-up, to
-within 2 %. The kills stop before the end, so that the last engine can warm up too; less than a minute apart, five of
+Passes if the server lives to the end, no stream was lost without an error, mixed up, doubled or left open, and memory
+of every process, file descriptors, threads, shared memory and KV blocks are at the end what they were after warm-up,
+to within 2 %. The kills stop before the end, so that the last engine can warm up too; less than a minute apart, five of
 them end the server. See scripts/soak.
 """
 
