@@ -153,6 +153,6 @@ def _drafting_table(of: dict[str, Any], draft_tokens: int) -> list[str]:
             "of the engine's thread) is",
             "the draft model's forward passes, which vLLM 0.25.1 calls from Python piece by piece, outside of the CUDA "
             "graph in",
-            "which it replays the target's. That time hardly depends on the model's size or on the batch.",
+            "which it replays the target's.",
         ]
     return lines

@@ -32,7 +32,7 @@ from roundhouse.triton.stream import Form, Job, Stream
 
 IDLE_SECONDS = 0.25  # the longest that the loop waits for anything
 SLICE = 16  # responses between two looks at what the engine has sent
-MAX_UNACKNOWLEDGED = 2  # chunks of one stream on their way through postprocessing
+MAX_UNACKNOWLEDGED = 2  # chunks of one stream on their way through postprocessing, before its last
 MAX_ON_THE_WAY = 16  # chunks of all streams
 PASSAGE_SECONDS = 0.1  # after which a chunk that was not passed on holds up no other
 LOST_SECONDS = 1.5  # a chunk that postprocessing did not get, while it got later ones of others

@@ -1,4 +1,5 @@
-"""Pacing: how many responses a front may send, and how many may be on their way. First tokens never wait for either."""
+"""Pacing: how many responses a front may send, and how many may be on their way. First and last chunks wait for
+neither."""
 
 from __future__ import annotations
 
