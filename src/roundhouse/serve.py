@@ -212,6 +212,8 @@ class Server:
         causes = [line for line in self.errors if "failed to load" in line or line.startswith("engine: ")]
         if self._door is not None and self._door.poll() is not None:
             causes.insert(0, f"the OpenAI front door ended with code {self._door.returncode}; its log is above")
+        if self.process.returncode is not None and self.process.returncode < 0:  # it was in no state to say anything
+            causes.insert(0, f"tritonserver was ended by {signal.Signals(-self.process.returncode).name}")
         return "\n".join(causes[:4] or list(self.errors)[-10:]) or f"tritonserver ended with {self.process.returncode}"
 
     def drain(self) -> int:

@@ -49,6 +49,14 @@ def test_two_servers_side_by_side_share_nothing(shared: Server, start: Start) ->
     assert answer(shared, "ensemble", "left", 8)
 
 
+def test_a_server_says_how_triton_ended(start: Start) -> None:
+    server = start()
+    triton = next(one for one in psutil.Process(server.process.pid).children() if one.name() == "tritonserver")
+    triton.send_signal(signal.SIGSEGV)
+    assert server.process.wait(timeout=30) == 1
+    assert "tritonserver was ended by SIGSEGV" in server.log.read_text()
+
+
 def test_thousands_of_half_open_connections(shared: Server) -> None:
     """Some say nothing, some stop in the middle of a request; all stay open while others are served."""
     http = urlsplit(shared.http_url).port or 0
