@@ -65,9 +65,8 @@ async def load(server: Running, mix: Mix, seconds: float, kill_every: float) -> 
         await asyncio.wait([task], timeout=1.0)
         now = time.monotonic()
         if server.process.status() == psutil.STATUS_ZOMBIE:
-            raise SystemExit(
-                f"failed: the server ended after {now - started:.0f} s and {examiner.tally.streams} streams"
-            )
+            streams = examiner.tally.streams
+            raise SystemExit(f"failed: the server ended after {now - started:.0f} s and {streams} streams")
         if kill_every and (kills + 1) * kill_every <= now - started < (1 - QUIET) * seconds:
             kills += kill_engine(server.process)
         if now - told >= 10:
@@ -171,7 +170,8 @@ def main() -> int:
     leaks = sorted(name for name, change in changes.items() if change["change_percent"] > 100 * TOLERANCE)
     passed = not (leaks or tally.faults or left)
     result: dict[str, Any] = {
-        "command": f"scripts/soak --minutes {args.minutes:g} --kill-every {args.kill_every:g} --cancelled {args.cancelled:g}",
+        "command": f"scripts/soak --minutes {args.minutes:g} --kill-every {args.kill_every:g} "
+        f"--cancelled {args.cancelled:g}",
         "machine": machine(),
         "minutes": args.minutes,
         "streams": tally.streams,
