@@ -175,10 +175,12 @@ def behind(data: bytes) -> None:
     model = postprocessing.TritonPythonModel()
     model._detokenizer = DETOKENIZER
     inputs = tensors(Source(data), "postprocessing")
-    if "CHUNK" in inputs and inputs["CHUNK"].size != 4:
-        return  # refused before
     try:
-        model._texts(inputs)
+        if "CHUNK" in inputs:
+            number, *window = inputs["CHUNK"].reshape(-1).tolist() or [0]
+            model._chunk(inputs["TOKENS_BATCH"], window, bool(number % 2))
+        else:
+            model._texts(inputs)
     except RequestError as error:
         one_line(error)
 

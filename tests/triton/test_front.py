@@ -109,13 +109,14 @@ def client() -> QueueClient:
     return QueueClient()
 
 
-def start(client: QueueClient, folder: Path, *, rate: float = 1e6, log: Any = pytest.fail) -> Front:
+def start(client: QueueClient, folder: Path, *, rate: float = 1e6, fronts: int = 1, log: Any = pytest.fail) -> Front:
     return Front(
         client,
         DETOKENIZER,
         NoMetrics(),  # type: ignore[arg-type]
         folder=folder,
         number=1,
+        fronts=fronts,
         responses_per_second=rate,
         log=log,
     )
@@ -259,11 +260,80 @@ class TestEnsembleStep:
         post.send(1, Passed(id, 1))
         until(lambda: len(sender.responses) == 3)
         assert sender.responses[-1]["sequence_length"].item() == 2  # what gathered meanwhile
-        assert [r["chunk"].tolist()[0] for r in sender.responses] == [[1, id, n, 0] for n in (1, 2, 3)]
+        assert [r["chunk"][0, :4].tolist() for r in sender.responses] == [[1, id, n, 0] for n in (1, 2, 3)]
         client.give(Output(id=id, tokens=letter, finish_reason=FinishReason.LENGTH))
         assert sender.finished.wait(1)  # the last one waits for nobody
-        assert [r["chunk"].tolist()[0] for r in sender.responses[3:]] == [[1, id, 4, 1]]
+        assert [r["chunk"][0, :4].tolist() for r in sender.responses[3:]] == [[1, id, 4, 1]]
         post.close()
+
+    def test_a_chunk_carries_what_its_text_depends_on(self, front: Front, client: QueueClient, tmp_path: Path) -> None:
+        made, sender = job(form=Form.STEP)
+        id = submit(front, client, made)
+        post = Post(tmp_path)
+        text = "a 🚂, ein Zug"
+        *ids, last = TOKENIZER.encode(text, False)
+        for token in ids:
+            before = len(sender.responses)
+            client.give(Output(id=id, tokens=[token]))
+            client.wait_taken()
+            time.sleep(0.01)
+            for number in range(before, len(sender.responses)):  # none, in the middle of a character
+                post.send(1, Passed(id, number + 1))
+        client.give(Output(id=id, tokens=[last], finish_reason=FinishReason.LENGTH))
+        assert sender.finished.wait(1)
+        texts = []
+        for response in sender.responses:
+            *_, is_last = response["chunk"][0, :4].tolist()
+            window, tokens = response["chunk"][0, 4:].tolist(), response["output_ids"].reshape(-1).tolist()
+            texts.append(DETOKENIZER.chunk_text(window, tokens, bool(is_last)))
+        assert "".join(texts) == text
+        assert len(texts) > 3
+        post.close()
+
+    @pytest.mark.parametrize(("fronts", "on_the_way"), [(1, 16), (4, 4), (64, 1)])
+    def test_all_fronts_together_keep_so_many_on_their_way(
+        self, client: QueueClient, tmp_path: Path, fronts: int, on_the_way: int
+    ) -> None:
+        front = start(client, tmp_path, fronts=fronts)
+        try:
+            made = [job(form=Form.STEP) for _ in range(10)]
+            ids = [submit(front, client, one) for one, _ in made]
+            post, letter = Post(tmp_path), TOKENIZER.encode("a", False)
+            client.give(*(Output(id=id, tokens=letter) for id in ids))
+            until(lambda: all(sender.responses for _, sender in made))  # first ones wait for nobody
+            post.send(1, Passed(ids[-1], 1))
+            client.give(*(Output(id=id, tokens=letter) for id in ids))
+            client.wait_taken()
+            time.sleep(0.05)  # less than the patience
+            assert sum(len(sender.responses) for _, sender in made) == 10 + min(on_the_way, 10)
+            post.close()
+        finally:
+            front.close()
+
+    def test_a_chunk_takes_more_of_the_pace_than_a_response_of_one_model(
+        self, client: QueueClient, tmp_path: Path
+    ) -> None:
+        front = start(client, tmp_path, rate=4)
+        try:
+            counts = []
+            for form in (Form.TEXT, Form.STEP):
+                time.sleep(1)  # the bucket is full again
+                (made, sender), letter = job(form=form), TOKENIZER.encode("a", False)
+                id, post, passed = submit(front, client, made), Post(tmp_path), 0
+                ends = time.monotonic() + 2.5
+                while time.monotonic() < ends:
+                    client.give(Output(id=id, tokens=letter))
+                    time.sleep(0.02)
+                    for passed in range(passed + 1, len(sender.responses) + 1):  # noqa: B020
+                        post.send(1, Passed(id, passed))
+                client.cancel([id])
+                assert sender.finished.wait(5)
+                counts.append(len(sender.responses))
+                post.close()
+            assert 10 <= counts[0] <= 13
+            assert 4 <= counts[1] <= 6
+        finally:
+            front.close()
 
     def test_a_lost_chunk_means_that_the_client_is_gone(self, front: Front, client: QueueClient) -> None:
         made, sender = job(form=Form.STEP)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
-import numpy as np
 import zmq
 
 from roundhouse.bugs import described
@@ -33,10 +32,11 @@ from roundhouse.triton.stream import Form, Job, Stream
 IDLE_SECONDS = 0.25  # the longest that the loop waits for anything
 SLICE = 16  # responses between two looks at what the engine has sent
 MAX_UNACKNOWLEDGED = 2  # chunks of one stream on their way through postprocessing, before its last
-MAX_ON_THE_WAY = 16  # chunks of all streams
+MAX_ON_THE_WAY = 16  # chunks of all streams of all fronts: so long is the queue that a first chunk finds there
 PASSAGE_SECONDS = 0.1  # after which a chunk that was not passed on holds up no other
 LOST_SECONDS = 1.5  # a chunk that postprocessing did not get, while it got later ones of others
 SILENT_SECONDS = 2.2  # the same, when there were none of others
+STEP_COST = 2.5  # responses: what a chunk on its way through postprocessing too takes of the machine
 CHECKS_PER_SECOND = 400  # questions to Triton whether a client is still there; each costs about 0.1 ms
 CHECK_SECONDS = 0.4  # no client is asked for more often
 
@@ -80,10 +80,12 @@ class Front:
         *,
         folder: Path,
         number: int,
+        fronts: int,
         responses_per_second: float,
         log: Callable[[str], None],
     ) -> None:
-        """`number`: this front among those of the server. `folder`: the server's runtime folder."""
+        """`number`: this front's name among those of the server. `fronts`: how many share postprocessing. `folder`: the
+        server's runtime folder."""
         self._client = client
         self._detokenizer = detokenizer
         self._metrics = metrics
@@ -99,7 +101,7 @@ class Front:
         self._urgent: deque[Stream] = deque()  # first and last chunks
         self._queue: deque[Stream] = deque()
         self._next_check = 0.0
-        self._passage = Passage(MAX_ON_THE_WAY, PASSAGE_SECONDS)
+        self._passage = Passage(max(MAX_ON_THE_WAY // fronts, 1), PASSAGE_SECONDS)
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="front", daemon=True)
         self._thread.start()
@@ -170,8 +172,8 @@ class Front:
             if generation is None:
                 continue  # refused already; its neighbours in the batch go on
             for sequence_index, request in enumerate(generation.engine_requests()):
-                stream = Stream(job, generation, batch_index, sequence_index, self._detokenizer)
-                stream.id = secrets.randbits(62)  # clients of postprocessing can name a stream: they must not guess it
+                id = secrets.randbits(62)  # clients of postprocessing can name a stream: they must not guess it
+                stream = Stream(self._number, id, job, generation, batch_index, sequence_index, self._detokenizer)
                 job.streams.append(stream)
                 self._streams[stream.id] = stream
                 times = {"arrival_ns": job.arrival_ns, "deadline_ns": job.deadline_ns}
@@ -260,12 +262,11 @@ class Front:
             tensors = stream.chunk()
             if tensors is None:
                 return
-            self._pace.take()
+            self._pace.take(STEP_COST if job.form is Form.STEP else 1.0)
             if stream.chunks == 1:
                 self._metrics.first_token(time.monotonic_ns() - job.arrival_ns)
             if job.form is Form.STEP:
                 stream.unacknowledged[stream.chunks] = self._passage.send(now)
-                tensors["chunk"] = np.array([[self._number, stream.id, stream.chunks, stream.last]], dtype=np.int64)
             job.sender.send(tensors, final=final)
         if stream.last:
             self._finish(stream)

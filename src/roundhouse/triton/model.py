@@ -87,6 +87,7 @@ class StreamingModel:
             self.metrics,
             folder=folder,
             number=os.getpid(),
+            fronts=settings.deployment.fronts.tensorrt_llm,
             responses_per_second=settings.deployment.fronts.responses_per_second,
             log=backend.log_warning,
         )

@@ -25,8 +25,8 @@ class Pace:
         self._then = now
         self._due = 1.0  # the level at which the next response is due
 
-    def take(self) -> None:
-        self._level -= 1
+    def take(self, cost: float = 1.0) -> None:
+        self._level -= cost
 
     def wait(self, now: float) -> float:
         """Seconds until a response may be sent; 0 if one may be sent now."""

@@ -46,11 +46,13 @@ class TritonPythonModel:
     def _answer(self, request: Any) -> Any:
         try:
             tensors = backend.inputs(request)
-            if "CHUNK" in tensors:
-                if tensors["CHUNK"].size != 4:
-                    refuse("CHUNK: is internal to the ensemble; leave it out")
-                self._tell_front(request, *tensors["CHUNK"].reshape(-1).tolist())
-            return backend.response({"OUTPUT": self._texts(tensors)})
+            if "CHUNK" not in tensors:
+                return backend.response({"OUTPUT": self._texts(tensors)})
+            if tensors["CHUNK"].size < 4:
+                refuse("CHUNK: is internal to the ensemble; leave it out")
+            number, stream, index, last, *window = tensors["CHUNK"].reshape(-1).tolist()
+            self._tell_front(request, number, stream, index, last)
+            return backend.response({"OUTPUT": self._chunk(tensors["TOKENS_BATCH"], window, bool(last))})
         except RequestError as error:
             return backend.refusal(error.as_error())
         except Exception as error:
@@ -76,6 +78,11 @@ class TritonPythonModel:
                 self._post.send(number, Gone(stream))
                 self._asked.pop((number, stream), None)
 
+    def _chunk(self, batch: Array, window: list[int], last: bool) -> Array:
+        """STRING `[1]`: the text of one chunk of a stream."""
+        ids = _counted("TOKENS_BATCH", batch.reshape(-1).tolist())
+        return np.array([self._detokenizer.chunk_text(_counted("CHUNK", window), ids, last).encode()], dtype=np.object_)
+
     def _texts(self, tensors: Mapping[str, Array]) -> Array:
         """STRING `[B * beams]`: one text for each sequence."""
         batch, lengths = tensors["TOKENS_BATCH"], tensors["SEQUENCE_LENGTH"]
@@ -84,11 +91,6 @@ class TritonPythonModel:
                 f"SEQUENCE_LENGTH: has shape {list(lengths.shape)}, TOKENS_BATCH has {list(batch.shape)}; "
                 "they must be [B, beams] and [B, beams, length]"
             )
-        if "CHUNK" in tensors:
-            last, ids = bool(tensors["CHUNK"].reshape(-1)[3]), batch.reshape(-1).tolist()
-            window = tensors["WINDOW"].reshape(-1).tolist() if "WINDOW" in tensors else []
-            text = self._detokenizer.chunk_text(_counted("WINDOW", window), _counted("TOKENS_BATCH", ids), last)
-            return np.array([text.encode()], dtype=np.object_)
         rows = zip(batch.reshape(lengths.size, batch.shape[2]).tolist(), lengths.reshape(-1).tolist(), strict=True)
         return np.array([self._whole(ids, length).encode() for ids, length in rows], dtype=np.object_)
 
@@ -99,6 +101,7 @@ class TritonPythonModel:
 
 
 def _counted(name: str, ids: list[int]) -> list[int]:
-    if ids and min(ids) < 0:
-        refuse(f"{name}: token id {min(ids)} is not allowed; ids count from 0, padding goes behind them")
+    for id in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= id < 1 << 31:
+            refuse(f"{name}: token id {id} is not allowed; ids count from 0, padding goes behind them")
     return ids

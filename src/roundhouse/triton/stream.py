@@ -63,8 +63,18 @@ class Job:
 class Stream:
     """Collects what one sequence gains; gives it away in chunks."""
 
-    def __init__(self, job: Job, generation: Generation, batch_index: int, sequence_index: int, text: Detokenizer):
-        self.id = 0
+    def __init__(
+        self,
+        front: int,
+        id: int,
+        job: Job,
+        generation: Generation,
+        batch_index: int,
+        sequence_index: int,
+        text: Detokenizer,
+    ) -> None:
+        self.front = front
+        self.id = id
         self.job = job
         self.generation = generation
         self.batch_index = batch_index
@@ -142,7 +152,7 @@ class Stream:
             "sequence_length": np.array([[len(ids)]], dtype=np.int32),
         }
         if form is Form.STEP:
-            body["window"] = np.array([window], dtype=np.int32)
+            body["chunk"] = np.array([[self.front, self.id, self.chunks + 1, last, *window]], dtype=np.int64)
         return body
 
     def _extras(self, tokens: list[int], last: bool) -> dict[str, npt.NDArray[Any]]:
