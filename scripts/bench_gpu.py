@@ -46,7 +46,7 @@ PROMPT, ANSWER = 512, 256  # tokens
 CLIENTS = 8  # processes
 VOCABULARY, SPECIAL = 128256, 256
 LONGEST_START, LONGEST_ENDING = 8, 4  # characters of what an entry of the vocabulary is merged from
-MODELS = ("tensorrt_llm_bls", "ensemble")
+OURS = {"tensorrt_llm_bls": "grpc", "ensemble": "grpc", "openai": "sse"}  # what one server offers -> kind of client
 PERCENTILES = (50, 95, 99)
 ROUNDS = {1: 4, 64: 6, 256: 4, 1 << 20: 2}  # streams, at most -> requests of each
 LOAD_SECONDS = 120  # a load that takes longer has failed
@@ -273,21 +273,24 @@ async def sse_sender(load: Load) -> Any:
 # --- figures -----------------------------------------------------------------------------------------------
 
 
-def figures(answers: list[Answer]) -> dict[str, Any]:
-    """Rate and latencies of whole answers.
+def figures(runs: list[list[Answer]]) -> dict[str, Any]:
+    """Rate and latencies of whole answers, of all runs together.
 
     tokens/s: all tokens, from the first request to the last chunk. TTFT: from sending to the first chunk. TPOT:
     (last - first chunk) / (tokens - 1). ITL: between neighbouring chunks, all of them together.
     """
+    answers = [answer for run in runs for answer in run]
     measured = {
         "ttft_ms": [a.times[0] - a.sent for a in answers],
         "tpot_ms": [(a.times[-1] - a.times[0]) / (ANSWER - 1) for a in answers],
         "itl_ms": np.concatenate([np.diff(a.times) for a in answers]),
         "end_to_end_ms": [a.times[-1] - a.sent for a in answers],
     }
-    seconds = max(a.times[-1] for a in answers) - min(a.sent for a in answers)
+    lengths = [max(a.times[-1] for a in run) - min(a.sent for a in run) for run in runs]
+    seconds = sum(lengths)
     result: dict[str, Any] = {
         "tokens_per_second": round(len(answers) * ANSWER / seconds, 1),
+        "runs": [round(len(run) * ANSWER / length, 1) for run, length in zip(runs, lengths, strict=True)],
         "seconds": round(seconds, 2),
         "answers": len(answers),
         "chunks_per_answer": round(sum(len(a.times) for a in answers) / len(answers), 1),
@@ -320,11 +323,11 @@ def measure(
     points = {}
     for streams in args.streams:
         before = cpu_seconds(process)
-        answers, client_cpu = run_load(kind, address, model, streams, rounds(streams), prompts)
+        runs = [run_load(kind, address, model, streams, rounds(streams), prompts) for _ in range(args.repeats)]
         spent = sum(value - before.get(pid, 0.0) for pid, value in cpu_seconds(process).items())
-        point = figures(answers)
+        point = figures([answers for answers, _ in runs])
         point["server_cores"] = round(spent / point["seconds"], 2)
-        point["client_cores"] = round(client_cpu / point["seconds"], 2)
+        point["client_cores"] = round(sum(cpu for _, cpu in runs) / point["seconds"], 2)
         points[str(streams)] = point
         tell(model, streams, point)
     return points
@@ -344,11 +347,12 @@ def target_raw(model: Path, args: argparse.Namespace) -> dict[str, Any]:
         path, out = Path(folder) / "deployment.yaml", Path(folder) / "raw.json"
         path.write_text(yaml.safe_dump(deployment(model, args)))
         streams = ",".join(map(str, args.streams))
-        subprocess.run([ENGINE_PYTHON, __file__, "--step-engine", str(path), streams, str(out)], check=True)
+        command = [ENGINE_PYTHON, __file__, "--step-engine", str(path), streams, str(args.repeats), str(out)]
+        subprocess.run(command, check=True)
         return {"raw": json.loads(out.read_text())}
 
 
-def step_engine(path: str, streams: str, out: str) -> None:
+def step_engine(path: str, streams: str, repeats: str, out: str) -> None:
     """The process of `raw`: a closed loop around `step`."""
     from roundhouse import deployment as deployments
     from roundhouse.engine.load import load_engine
@@ -381,7 +385,7 @@ def step_engine(path: str, streams: str, out: str) -> None:
     closed_loop(8, 2)
     points = {}
     for count in map(int, streams.split(",")):
-        points[str(count)] = figures(closed_loop(count, rounds(count)))
+        points[str(count)] = figures([closed_loop(count, rounds(count)) for _ in range(int(repeats))])
         tell("raw", count, points[str(count)])
     Path(out).write_text(json.dumps(points))
     engine.close()
@@ -413,8 +417,11 @@ def target_roundhouse(model: Path, prompts: Prompts, args: argparse.Namespace) -
         command = [sys.executable, "-m", "roundhouse.cli", "serve", str(path), "--http-port", str(http)]
         command += ["--grpc-port", str(grpc), "--metrics-port", str(metrics), "--openai-port", str(openai)]
         with started(command, f"http://127.0.0.1:{openai}/ready", args.logs / "roundhouse.log") as process:
-            points = {name: measure("grpc", f"127.0.0.1:{grpc}", name, process, prompts, args) for name in MODELS}
-            return points | {"openai": measure("sse", f"127.0.0.1:{openai}", "openai", process, prompts, args)}
+            ports = {"grpc": grpc, "sse": openai}
+            return {
+                name: measure(OURS[name], f"127.0.0.1:{ports[OURS[name]]}", name, process, prompts, args)
+                for name in args.models
+            }
 
 
 def deployment(model: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -479,13 +486,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=("bf16", "fp8"), default="fp8")
     parser.add_argument("--targets", default="raw,vllm-1,vllm-4,vllm-rust,roundhouse")
+    parser.add_argument("--models", default=",".join(OURS), help="what of `roundhouse` is measured")
     parser.add_argument("--streams", default="1,64,256,512")
+    parser.add_argument("--repeats", type=int, default=1, help="of each load; their answers count together")
     parser.add_argument("--responses-per-second", type=int, default=4000, help="pace of each front")
     parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "roundhouse-llama-3-8b-shape")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--output", type=Path, default=BENCHMARKS)
     args = parser.parse_args()
     args.streams = [int(text) for text in args.streams.split(",")]
+    args.models = args.models.split(",")
+    if unknown := set(args.models) - OURS.keys():
+        parser.error(f"--models: unknown {', '.join(sorted(unknown))} (known: {', '.join(OURS)})")
     if not (args.model / "tokenizer_config.json").exists():
         print(f"making the model folder {args.model}", flush=True)
         make_model(args.model)

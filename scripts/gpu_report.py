@@ -32,9 +32,16 @@ row, with the same settings: in a loop of its own (raw), behind Triton and our f
 door, behind its own servers.
 
 tokens/s: all tokens, from the first request to the last chunk. TTFT: from sending to the first chunk. TPOT: (last -
-first chunk) / 255. ITL: between neighbouring chunks, which may carry several tokens. Each row is one run; runs of the
-same thing differ by up to 3 % in tokens/s, and their TTFT p50 at 256 streams by up to 30 %, since it depends on how the
-streams fall into step.
+first chunk) / 255. ITL: between neighbouring chunks, which may carry several tokens.
+
+A row is two runs of its load counted together (`runs` in the JSON files), but for `vllm serve` with 1 API server and,
+with FP8, its Rust front end: one run each, of another day. With bfloat16 the Rust front end had the other GPU of the
+host. The same target gave up to 3 % more or less on another day; within a day, 1 %, with one exception: one of the two
+runs of `ensemble` at 256 streams with FP8 was 9 % slower than the other.
+
+TTFT with 256 streams comes in whole prefill steps (0.2 s in bfloat16, 0.12 s in FP8). Streams end in groups, a decode
+step apart. The groups that end before the first of their next requests has come in wait for each other's prefills: two
+in the loop without a server, one more for each decode step (15 and 11 ms) that the way out and back in takes.
 """
 
 

@@ -144,7 +144,8 @@ class Examiner:
         """Put one question and book how it ended. Returns whether without an error."""
         import grpc
 
-        call = stub.ModelStreamInfer(_and_wait(_request(question)))
+        ended = asyncio.Event()
+        call = stub.ModelStreamInfer(_until(ended, _request(question)))
         text, reason, responses = "", "", 0
         try:
             while True:
@@ -155,6 +156,8 @@ class Examiner:
                 if message is grpc.aio.EOF:
                     return self._book(question, "silent", f"ended after {text!r}")
                 if message.error_message:
+                    ended.set()
+                    await asyncio.wait_for(call.read(), self._mix.patience)
                     return self._fail(question, text, message.error_message)
                 response = message.infer_response
                 found = _texts(response)
@@ -168,6 +171,9 @@ class Examiner:
                 if not question.answer.startswith(text):
                     return self._book(question, "wrong", f"got {text!r}")
                 if response.parameters["triton_final_response"].bool_param:
+                    ended.set()
+                    if await asyncio.wait_for(call.read(), self._mix.patience) is not grpc.aio.EOF:
+                        return self._book(question, "late", "more after the final response")
                     return self._end(question, text, reason)
         except TimeoutError:
             return self._book(question, "hanging", f"after {text!r}")
@@ -175,6 +181,7 @@ class Examiner:
             return self._fail(question, text, f"{error.code().name}: {error.details()}")
         finally:
             call.cancel()
+            ended.set()
 
     def _end(self, question: Question, text: str, reason: str) -> bool:
         if text != question.answer or reason != "length":
@@ -202,10 +209,10 @@ def for_seconds(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() < ends
 
 
-async def _and_wait(request: Any) -> Any:
-    """The request, with the sending side left open: a closed one is not a client that goes away."""
+async def _until(ended: asyncio.Event, request: Any) -> Any:
+    """The request, with the sending side left open until then: a closed one is not a client that goes away."""
     yield request
-    await asyncio.sleep(3600)
+    await ended.wait()
 
 
 def _request(question: Question) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import numba
 import psutil
 import torch
 import transformers
@@ -44,10 +43,8 @@ class EmbeddedEngine(Engine):
                 f"limits.max_num_tokens: {config.max_num_tokens} is less than limits.max_batch_size "
                 f"({config.max_batch_size}); each running sequence needs one token a step"
             )
-        threads = config.threads or len(os.sched_getaffinity(0))
-        torch.set_num_threads(threads)
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         model = models.load(config)
+        weights = sum(parameter.numel() for parameter in model.parameters())
         text = model.config.get_text_config()
         max_seq_len = _max_seq_len(config, getattr(text, "max_position_embeddings", None))
         half = config.kv_dtype == "bfloat16" or (config.kv_dtype == "auto" and model.dtype == torch.bfloat16)
@@ -79,7 +76,8 @@ class EmbeddedEngine(Engine):
                 if config.fused and fused.fits(model.config)
                 else GenericModel(model, pool)
             )
-        self._runner = Runner(runnable, pool)
+        threads = config.threads or len(os.sched_getaffinity(0))
+        self._runner = Runner(runnable, pool, weights=weights, threads=threads)
         self._sampler = Sampler(config.max_batch_size, max_seq_len, text.vocab_size)
         self._process = psutil.Process()
         self._warm_up(pool, min(config.max_num_tokens, WARM_UP_TOKENS), model.config.model_type)

@@ -13,6 +13,7 @@ from roundhouse.engine.embedded.pool import Pool
 from roundhouse.engine.scheduler import Batch
 
 TILE = 16  # query tokens of one work item: enough to spread a prompt over the cores
+ALONE = 16_000_000  # weights times tokens of a step, up to which one thread is as fast as two: it waits for no other
 
 
 class Model(Protocol):
@@ -20,16 +21,27 @@ class Model(Protocol):
 
 
 class Runner:
-    def __init__(self, model: Model, pool: Pool) -> None:
+    def __init__(self, model: Model, pool: Pool, *, weights: int, threads: int) -> None:
+        """`weights`: numbers in the model. `threads`: for steps that have work for so many."""
         self._model = model
         self._pool = pool
+        self._weights = weights
+        self._threads = threads
+        self._use(threads)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Array:
         """Logits, float32 [samples, vocab], of the last token of each of `batch.samples()`. Fills the KV pool."""
         tokens, positions, slots, items, last = _layout(batch)
+        self._use(1 if self._weights * len(tokens) <= ALONE else self._threads)
         self._pool.begin(_spread(items), positions, slots)
         return self._model.forward(tokens, positions, last)
+
+    def _use(self, threads: int) -> None:
+        """Compute with so many from now on. What a small step leaves alone is a core for Triton and the clients."""
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
 
     @torch.inference_mode()
     def warm_up(self, max_tokens: int) -> None:
