@@ -60,9 +60,12 @@ def test_the_figures_are_the_measured_ones() -> None:
     capacity, latency, embedded = measured("capacity"), measured("latency"), measured("embedded")["64 streams"]
     models = ("tensorrt_llm_bls", "ensemble")
     alone = embedded["engine alone"]["median"]["tokens_per_second"]
+    one = measured("embedded")["1 stream"]
+    first = one["engine alone"]["median"]["ttft_p50_ms"]
     rows = [
         [f"{capacity[model]['median']['delivered_percent']:.0f} %" for model in models],
         [f"{latency[model]['added_ms']['p50']:.1f} ms" for model in models],
+        [f"{one[model]['median']['ttft_p50_ms'] - first:.1f} ms" for model in models],
         [f"{100 * embedded[model]['median']['tokens_per_second'] / alone:.0f} %" for model in models],
     ]
     for row in rows:

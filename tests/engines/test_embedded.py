@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import torch
 import transformers
 
+from roundhouse.deployment import parse
 from roundhouse.engine.base import EngineError
-from roundhouse.engine.embedded import kernels
+from roundhouse.engine.embedded import kernels, runner
 from roundhouse.engine.embedded.engine import EmbeddedConfig, EmbeddedEngine
+from roundhouse.engine.load import load_engine
 from tests.engines.conftest import build_model, prompt, request, run, run_one
 
 ARCHITECTURES = {
@@ -35,6 +38,7 @@ OTHERS = {
     "granite": transformers.GraniteConfig,
     "olmo2": transformers.Olmo2Config,
 }
+TINY = Path(__file__).parents[2] / "models" / "tiny"
 WINDOWED = {"mistral", "gemma2", "gemma3_text", "phi3"}
 
 
@@ -143,10 +147,34 @@ def test_bit_for_bit_the_same_in_any_batch(random_model: Path, monkeypatch: pyte
     for changes in ({}, {"max_num_tokens": 17}, {"max_num_tokens": 101, "max_batch_size": 5}, {"threads": 1}):
         monkeypatch.setattr(kernels, "PARALLEL_FROM", 64 * 20)  # of 64 numbers each: some steps are large, some small
         engine = EmbeddedEngine(EmbeddedConfig(**{**settings, **changes}))
+        monkeypatch.setattr(runner, "ALONE", 10 * engine._runner._weights)  # the same of threads
         for _ in range(2):  # the second time with reused blocks
             answers = run(engine, *requests)
             for i, log_probs in expected.items():
                 assert answers[i].log_probs == pytest.approx(log_probs, **tolerance)
+
+
+def test_small_steps_leave_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    deployment = {"model": {"path": str(TINY)}, "engine": {"kind": "transformers", "threads": 2}}
+    engine = load_engine(parse({**deployment, "limits": {"max_seq_len": 512}}, source="test", base=TINY))
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+
+    def threads(streams: int) -> tuple[int, int]:
+        """Of a step with their prompts, and of the next one."""
+        for index in range(streams):
+            engine.submit(request(index, prompt=prompt(index, 20)))
+        engine.step()
+        first = torch.get_num_threads()
+        engine.step()
+        second = torch.get_num_threads()
+        while engine.unfinished():
+            engine.step()
+        return first, second
+
+    assert threads(1) == (2, 1)
+    assert threads(16) == (2, 2)
 
 
 def test_bfloat16_weights_and_pool(random_model: Path) -> None:
@@ -201,9 +229,6 @@ def test_models_that_cannot_be_run_are_refused_at_load(tmp_path: Path, case: str
 def test_fewer_tokens_a_step_than_slots(random_model: Path) -> None:
     with pytest.raises(EngineError, match=r"limits\.max_num_tokens: 4 is less than limits\.max_batch_size \(8\)"):
         EmbeddedEngine(EmbeddedConfig(model=random_model, max_batch_size=8, max_num_tokens=4))
-
-
-TINY = Path(__file__).parents[2] / "models" / "tiny"
 
 
 @pytest.mark.skipif(not (TINY / "model.safetensors").is_file(), reason="models/tiny is not trained yet")
