@@ -37,6 +37,18 @@ def test_overload() -> None:
     ]
 
 
+def test_soak() -> None:
+    soak = measured("soak")
+    tally = soak["tally"]
+    assert soak["passed"]
+    assert row("soaked streams") == [f"{soak['streams']:,}"]
+    faults = sum(tally[name] for name in ("wrong", "silent", "late", "hanging"))
+    assert row("lost, mixed up, doubled, late or left open") == [str(faults)]
+    assert row("ended with an error, after so many kills") == [f"{tally['failed']:,}, {soak['engine_kills']}"]
+    assert row("KV blocks in use at the end") == [f"{soak['blocks_used_at_the_end']:.0f}"]
+    assert row("grown by more than 2 %") == [", ".join(soak["grown_more_than_2_percent"]) or "nothing"]
+
+
 def test_fuzz() -> None:
     fuzz = measured("fuzz")
     assert row("fuzz cases") == [f"{fuzz['cases']:,}"]

@@ -35,12 +35,17 @@ def aiperf(server: Server, folder: Path, prompt: int, answer: int, streams: int,
     assert AIPERF is not None
     command = [AIPERF, "profile", "--model", "ensemble", "--url", server.http_url, "--endpoint-type", "template"]
     command += ["--custom-endpoint", "/v2/models/ensemble/generate_stream", "--streaming", "--ui", "none"]
-    command += ["--extra-inputs", f"payload_template:{TEMPLATE}", "--extra-inputs", "response_field:text_output"]
+    folder.mkdir()
+    template = folder / "request.json"  # in a file: it splits its arguments at commas
+    template.write_text(TEMPLATE)
+    command += ["--extra-inputs", f"payload_template:{template}", "--extra-inputs", "response_field:text_output"]
     command += ["--tokenizer", str(ROOT / "models/tiny"), "--isl", str(prompt), "--osl", str(answer)]
     command += ["--concurrency", str(streams), "--request-count", str(requests), "--artifact-dir", str(folder)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
+    # offline, it looks for the tokenizer in the hub's cache only, even if it is a folder
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    }
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = folder.rglob("profile_export_aiperf.json")
     report: dict[str, Any] = json.loads(found.read_text())
