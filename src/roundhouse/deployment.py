@@ -169,7 +169,8 @@ class Fronts(Section):
     tensorrt_llm: PositiveInt = 1
     tensorrt_llm_bls: PositiveInt = 1
     responses_per_second: PositiveInt = Field(
-        default=4000, description="what one instance sends at most; beyond it, tokens travel together"
+        default=4000,
+        description="what one instance sends at most, an ensemble's chunk as 2.5; beyond it, tokens travel together",
     )
 
 
