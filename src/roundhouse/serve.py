@@ -262,7 +262,7 @@ class Server:
             if process.poll() is None:
                 process.kill()
             process.wait()
-        _, alive = psutil.wait_procs(children, timeout=3)
+        _, alive = psutil.wait_procs(children, timeout=2)
         for child in alive:
             with suppress(psutil.NoSuchProcess):
                 child.kill()
