@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -134,9 +134,13 @@ def test_sigterm_while_it_loads(tmp_path: Path, shared: Server) -> None:
     options = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
     with subprocess.Popen([sys.executable, "-m", "roundhouse.cli", "serve", str(path), *options]) as process:
         me = psutil.Process(process.pid)
-        until(
-            lambda: any("engine.host" in " ".join(p.cmdline()) for p in me.children(recursive=True)), 20, "the engine"
-        )
+
+        def engine_is_there() -> bool:
+            with suppress(psutil.Error):  # one of them may just have ended
+                return any("engine.host" in " ".join(p.cmdline()) for p in me.children(recursive=True))
+            return False
+
+        until(engine_is_there, 20, "the engine")
         family = me.children(recursive=True)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=5) == 0
