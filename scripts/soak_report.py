@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +57,31 @@ def blocks_used(server: Running) -> Callable[[], float]:
     return read
 
 
-async def load(server: Running, mix: Mix, seconds: float, kill_every: float) -> tuple[Tally, int]:
-    """The tally, and how often the engine was killed. Raises SystemExit if the server does not live to the end."""
+@dataclass(frozen=True)
+class Life:
+    """One run of a server under load. `lived`: whether it was still there at the end."""
+
+    tally: Tally
+    kills: int
+    lived: bool
+    seconds: float
+
+
+async def load(server: Running, mix: Mix, going_on: Callable[[Tally], bool], kill_at: Iterable[float]) -> Life:
+    """Put questions while `going_on` says so and the server lives; kill the engine at those times, in seconds."""
     examiner = Examiner(server.target.address, Tokenizer.load(TINY), mix)
-    task = asyncio.create_task(examiner.run(for_seconds(seconds)))
+    lives = True
+    task = asyncio.create_task(examiner.run(lambda: lives and going_on(examiner.tally)))
     started = told = time.monotonic()
-    kills = 0
+    kills, moments = 0, iter(kill_at)
+    next_kill = next(moments, math.inf)
     while not task.done():
         await asyncio.wait([task], timeout=1.0)
         now = time.monotonic()
-        if server.process.status() == psutil.STATUS_ZOMBIE:
-            streams = examiner.tally.streams
-            raise SystemExit(f"failed: the server ended after {now - started:.0f} s and {streams} streams")
-        if kill_every and (kills + 1) * kill_every <= now - started < (1 - QUIET) * seconds:
+        lives = server.process.status() != psutil.STATUS_ZOMBIE
+        if lives and now - started >= next_kill:
             kills += kill_engine(server.process)
+            next_kill = next(moments, math.inf)
         if now - told >= 10:
             told = now
             tally = examiner.tally
@@ -77,7 +90,12 @@ async def load(server: Running, mix: Mix, seconds: float, kill_every: float) -> 
                 f"{tally.faults} wrong; {kills} kills",
                 flush=True,
             )
-    return await task, kills
+    return Life(await task, kills, lives, time.monotonic() - started)
+
+
+def every(seconds: float, until: float) -> Iterator[float]:
+    """seconds, 2 x seconds, ... before `until`; nothing for 0."""
+    return itertools.takewhile(lambda at: at < until, itertools.count(seconds, seconds)) if seconds else iter(())
 
 
 def kill_engine(server: psutil.Process) -> int:
@@ -162,7 +180,12 @@ def main() -> int:
         with running(path, "ensemble") as server:
             blocks = blocks_used(server)
             with Watch(server.process, max(seconds / 300, 0.5), blocks) as watch:
-                tally, kills = asyncio.run(load(server, mix, seconds, args.kill_every))
+                time_left = for_seconds(seconds)
+                kill_at = every(args.kill_every, (1 - QUIET) * seconds)
+                life = asyncio.run(load(server, mix, lambda _: time_left(), kill_at))
+            tally = life.tally
+            if not life.lived:
+                raise SystemExit(f"failed: the server ended after {life.seconds:.0f} s and {tally.streams} streams")
             time.sleep(5)  # clients of ensembles that went away are noticed after 3 s
             left = blocks()
             figures = scrape(server.target)
@@ -175,7 +198,7 @@ def main() -> int:
         "machine": machine(),
         "minutes": args.minutes,
         "streams": tally.streams,
-        "engine_kills": kills,
+        "engine_kills": life.kills,
         "engine_restarts": figures["roundhouse_engine_restarts_total"] if figures else None,
         "tally": asdict(tally) | {"errors": dict(tally.errors)},  # asdict counts a Counter's items anew
         "blocks_used_at_the_end": left,
