@@ -31,9 +31,11 @@ from roundhouse.engine.runtime import DRAINING, ServerRecord, announce, runtime_
 
 IDLE_SECONDS = 1.0  # how long the engine must be idle before all answers have surely reached their clients
 EXIT_SECONDS = 2  # Triton's own time to end after that: requests whose clients have gone would keep it for ever
+CRASH_SECONDS = 1.0  # from Triton's word of a crash to its end
 PROGRESS_SECONDS = 10.0
 DOOR_SECONDS = 60.0  # for the OpenAI front door to open
 CLOSED_APIS = "shared-memory,trace,logging"  # whoever reaches the port could map, or change, what is the server's own
+CRASHES = {f"Signal ({number}) received.": number for number in (signal.SIGSEGV, signal.SIGABRT)}
 NOISE = ("pinned memory", "CUDA memory", "CudaDriver", "CUDA driver", "NVML", "GPU metrics", "Cache metrics", "DCGM")
 
 
@@ -115,6 +117,7 @@ class Server:
         self._verbose = verbose
         self._models: dict[int, str] = {}  # file descriptor of a process of Triton's -> the model that it runs
         self._regions: list[Path] = []  # shared memory that Triton leaves behind when it or one of those is killed
+        self._crash: signal.Signals | None = None
         self.errors: deque[str] = deque(maxlen=200)
         self.process = subprocess.Popen(
             _command(triton, models, addresses),
@@ -213,7 +216,8 @@ class Server:
         if self._door is not None and self._door.poll() is not None:
             causes.insert(0, f"the OpenAI front door ended with code {self._door.returncode}; its log is above")
         if self.process.returncode is not None and self.process.returncode < 0:  # it was in no state to say anything
-            causes.insert(0, f"tritonserver was ended by {signal.Signals(-self.process.returncode).name}")
+            cause = self._crash or signal.Signals(-self.process.returncode)
+            causes.insert(0, f"tritonserver was ended by {cause.name}")
         return "\n".join(causes[:4] or list(self.errors)[-10:]) or f"tritonserver ended with {self.process.returncode}"
 
     def drain(self) -> int:
@@ -277,13 +281,23 @@ class Server:
     def _read_log(self) -> None:
         """Pass errors and warnings on; everything, if verbose."""
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            line = line.rstrip()
-            if line[:1] in "EW" or line.startswith(("engine: ", "error: ", "Traceback")):
-                self.errors.append(line)
-            if self._verbose or line.startswith("engine: ") or (line[:1] in "EW" and not _is_noise(line)):
-                with suppress(OSError, ValueError):  # nobody reads it any more, or the disk is full: read on, or Triton
-                    print(line, file=sys.stderr, flush=True)  # would stop at its next line
+        with self.process.stdout as lines:
+            for line in map(str.rstrip, lines):
+                if line in CRASHES:
+                    self._crash = CRASHES[line]
+                    self._end_crashed()
+                if line[:1] in "EW" or line.startswith(("engine: ", "error: ", "Traceback")):
+                    self.errors.append(line)
+                if self._verbose or line.startswith("engine: ") or (line[:1] in "EW" and not _is_noise(line)):
+                    with suppress(OSError, ValueError):  # nobody reads it any more, or the disk is full: read on,
+                        print(line, file=sys.stderr, flush=True)  # or Triton would stop at its next line
+
+    def _end_crashed(self) -> None:
+        """Triton 2.51 answers a crash by printing its stack. If it crashed with the heap locked it waits for that lock
+        instead, for ever, and so do its clients: so it is killed if it is still there after a while."""
+        timer = threading.Timer(CRASH_SECONDS, self.process.kill)
+        timer.daemon = True
+        timer.start()
 
 
 def _stub(process: psutil.Process) -> tuple[str, Path] | None:

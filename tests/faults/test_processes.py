@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 import requests
 from tritonclient.utils import InferenceServerException
 
+from roundhouse import serve, tritonserver
+from roundhouse.bench.servers import free_ports
 from tests.faults.conftest import FAST, LIMITS, Start
 from tests.server.client import answer, ask, gauge, generate, until
 from tests.server.conftest import Server, write_deployment
@@ -55,6 +58,25 @@ def test_a_server_says_how_triton_ended(start: Start) -> None:
     triton.send_signal(signal.SIGSEGV)
     assert server.process.wait(timeout=30) == 1
     assert "tritonserver was ended by SIGSEGV" in server.log.read_text()
+
+
+@pytest.mark.parametrize(("number", "crash"), [(11, "SIGSEGV"), (6, "SIGABRT"), (15, None)])
+def test_a_triton_that_hangs_in_its_crash_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, crash: str | None
+) -> None:
+    """Its handler prints this line and then a stack, for which it may wait for a lock of the heap that it holds itself.
+    Of SIGTERM it prints the same, and is left alone."""
+    binary = tmp_path / "tritonserver"
+    binary.write_text(f'#!/bin/sh\necho "Signal ({number}) received." >&2\nexec sleep 60\n')
+    binary.chmod(0o700)
+    monkeypatch.setattr(tritonserver, "find", lambda: tritonserver.Triton(binary, tmp_path, {"PATH": os.defpath}))
+    path = write_deployment(tmp_path, {"engine": FAST, "limits": LIMITS})
+    server = serve.Server(path, serve.Addresses(*free_ports(4)))
+    try:
+        assert server.ended(3 * serve.CRASH_SECONDS) == (crash is not None)
+        assert crash is None or f"tritonserver was ended by {crash}" in server.why()
+    finally:
+        server.kill()
 
 
 def test_thousands_of_half_open_connections(shared: Server) -> None:
