@@ -31,8 +31,11 @@ class StartError(Exception):
 
 @dataclass(frozen=True)
 class Running:
+    """`log`: what the server has written so far."""
+
     target: Target
     process: psutil.Process
+    log: Path
 
     def cpu_seconds(self) -> float:
         """CPU time so far of the server and all that it started."""
@@ -58,25 +61,24 @@ def running(deployment: Path, model: str, protocol: str = "grpc") -> Iterator[Ru
     http, grpc, metrics = free_ports(3)
     command = [sys.executable, "-m", "roundhouse.cli", "serve", str(deployment), "--drain-seconds", "5"]
     command += ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
-            _wait_ready(process, f"http://127.0.0.1:{http}/v2/health/ready", deployment, log)
+            _wait_ready(process, f"http://127.0.0.1:{http}/v2/health/ready", deployment, Path(log.name))
             port = grpc if protocol == "grpc" else http
             target = Target.parse(f"{protocol}://127.0.0.1:{port}/{model}?metrics={metrics}")
-            yield Running(target, psutil.Process(process.pid))
+            yield Running(target, psutil.Process(process.pid), Path(log.name))
         finally:
             _stop(process)
 
 
-def _wait_ready(process: subprocess.Popen[bytes], url: str, deployment: Path, log: object) -> None:
+def _wait_ready(process: subprocess.Popen[bytes], url: str, deployment: Path, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=2):
             return
         if process.poll() is not None:
-            log.seek(0)  # type: ignore[attr-defined]
-            text = "".join(log.readlines()[-15:])  # type: ignore[attr-defined]
+            text = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             raise StartError(f"{deployment}: the server ended with code {process.returncode}\n{text}")
         time.sleep(0.1)
     raise StartError(f"{deployment}: the server was not ready within {START_SECONDS:.0f} s")
