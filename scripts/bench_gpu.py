@@ -37,7 +37,9 @@ from typing import Any
 import numpy as np
 import psutil
 import yaml
-from bench_path import free_port, machine, wait_ready
+from bench_path import machine, wait_ready
+
+from roundhouse.bench.servers import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "docs/benchmarks"
@@ -392,7 +394,7 @@ def step_engine(path: str, streams: str, repeats: str, out: str) -> None:
 
 
 def target_vllm(model: Path, prompts: Prompts, args: argparse.Namespace, name: str) -> dict[str, Any]:
-    port = free_port()
+    (port,) = free_ports(1)
     command = [ENGINE_PYTHON, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), "--load-format", "dummy"]
     command += ["--max-model-len", str(SETTINGS["max_seq_len"]), "--max-num-seqs", str(SETTINGS["max_batch_size"])]
@@ -413,7 +415,7 @@ def target_roundhouse(model: Path, prompts: Prompts, args: argparse.Namespace) -
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "deployment.yaml"
         path.write_text(yaml.safe_dump(deployment(model, args)))
-        http, grpc, metrics, openai = (free_port() for _ in range(4))
+        http, grpc, metrics, openai = free_ports(4)
         command = [sys.executable, "-m", "roundhouse.cli", "serve", str(path), "--http-port", str(http)]
         command += ["--grpc-port", str(grpc), "--metrics-port", str(metrics), "--openai-port", str(openai)]
         with started(command, f"http://127.0.0.1:{openai}/ready", args.logs / "roundhouse.log") as process:

@@ -16,14 +16,11 @@ import itertools
 import json
 import re
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from roundhouse.bench.identity import Mix
 from roundhouse.bench.machine import machine
@@ -38,13 +35,10 @@ ENDS = ("finished", "cancelled", "failed", "wrong", "silent", "late", "hanging")
 
 def live(number: int, streams: int, kill_at: Iterable[float]) -> tuple[Life, str]:
     """One server, until so many streams have ended or it has, and why it did, if it did. Its questions are its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "deployment.yaml"
-        path.write_text(yaml.safe_dump(DEPLOYMENT))
-        with running(path, "ensemble") as server:
-            mix = replace(MIX, seed=number)
-            life = asyncio.run(load(server, mix, lambda tally: tally.streams < streams, kill_at))
-            return life, "" if life.lived else cause(server.log.read_text(errors="replace"))
+    with running(DEPLOYMENT, "ensemble") as server:
+        mix = replace(MIX, seed=number)
+        life = asyncio.run(load(server, mix, lambda tally: tally.streams < streams, kill_at))
+        return life, "" if life.lived else cause(server.log.read_text(errors="replace"))
 
 
 def cause(log: str) -> str:

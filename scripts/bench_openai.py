@@ -28,7 +28,9 @@ import msgspec
 import numpy as np
 import psutil
 import yaml
-from bench_path import BENCHMARKS, ROOT, free_port, machine, median_of, wait_ready
+from bench_path import BENCHMARKS, ROOT, machine, median_of, wait_ready
+
+from roundhouse.bench.servers import free_ports
 
 OFFERED = 20_000  # tokens a second
 PROMPT = "0123456789" * 3  # each character is a token, and the synthetic engine says the prompt again and again
@@ -53,8 +55,8 @@ def serving(engine: dict[str, Any], streams: int, workers: int) -> Iterator[tupl
         path.write_text(yaml.safe_dump({"model": model, "engine": engine, "limits": limits, "openai": openai}))
         command = [sys.executable, "-m", "roundhouse.cli", "serve", str(path)]
         for door in ("http", "grpc", "metrics"):
-            command += [f"--{door}-port", str(free_port())]
-        port = free_port()
+            command += [f"--{door}-port", str(free_ports(1)[0])]
+        (port,) = free_ports(1)
         server = subprocess.Popen([*command, "--openai-port", str(port)], stdout=subprocess.DEVNULL)
         try:
             wait_ready(f"http://127.0.0.1:{port}/ready", server)

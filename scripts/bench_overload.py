@@ -10,14 +10,11 @@ import argparse
 import json
 import random
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from roundhouse.bench import load
 from roundhouse.bench.load import Plan, Seen
@@ -54,20 +51,21 @@ def measure(model: str, seconds: float) -> tuple[dict[str, Any], list[Phase], li
     """A steady load of half the capacity; during parts of it as much again as makes 1.2 and 5 times the capacity."""
     made = sessions(500)
     length = 2 * seconds + 30  # more than everything takes, with the starts of the client processes
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
-        path = Path(folder) / "deployment.yaml"
-        path.write_text(yaml.safe_dump(DEPLOYMENT))
-        with running(path, model) as server, Watch(server.process, 1.0) as watch:
+    with (
+        ThreadPoolExecutor(1) as pool,
+        running(DEPLOYMENT, model) as server,
+        Watch(server.process, 1.0) as watch,
+    ):
 
-            def run(factor: float, length: float) -> Seen:
-                level = Poisson(kind="poisson", requests_per_second=factor * CAPACITY)
-                return load.run(Plan(server.target, level, made, 1, 0.0, length, patience=10.0))
+        def run(factor: float, length: float) -> Seen:
+            level = Poisson(kind="poisson", requests_per_second=factor * CAPACITY)
+            return load.run(Plan(server.target, level, made, 1, 0.0, length, patience=10.0))
 
-            steady = pool.submit(run, 0.5, length)
-            time.sleep(max(seconds / 4, 5.0))
-            peak = run(0.7, max(seconds / 2, 6.0))
-            over = run(OVERLOAD - 0.5, seconds)
-            always = steady.result()
+        steady = pool.submit(run, 0.5, length)
+        time.sleep(max(seconds / 4, 5.0))
+        peak = run(0.7, max(seconds / 2, 6.0))
+        over = run(OVERLOAD - 0.5, seconds)
+        always = steady.result()
     parts = [
         ("before", always.start, peak.start, []),
         ("peak", peak.start, peak.end, peak.traces),

@@ -16,26 +16,22 @@ import json
 import multiprocessing
 import os
 import random
-import signal
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-import yaml
 
 from roundhouse.bench.machine import machine
+from roundhouse.bench.servers import running
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "docs/benchmarks"
@@ -60,30 +56,6 @@ EMBEDDED = {
 
 
 # --- the server ---------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-@contextmanager
-def serving(deployment: dict[str, Any]) -> Iterator[tuple[str, psutil.Process]]:
-    """`roundhouse serve` on free ports; gives the gRPC address and the process."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "deployment.yaml"
-        path.write_text(yaml.safe_dump(deployment))
-        http, grpc, metrics = (free_port() for _ in range(3))
-        command = [sys.executable, "-m", "roundhouse.cli", "serve", str(path), "--http-port", str(http)]
-        command += ["--grpc-port", str(grpc), "--metrics-port", str(metrics)]
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            wait_ready(f"http://127.0.0.1:{http}/v2/health/ready", server)
-            yield f"127.0.0.1:{grpc}", psutil.Process(server.pid)
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(timeout=60)
 
 
 def wait_ready(url: str, server: subprocess.Popen[bytes], seconds: float = 120) -> None:
@@ -254,7 +226,8 @@ def capacity(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"offered_tokens_per_second": 20000, "streams": 256, "max_tokens": 1500}
     for model in MODELS:
         runs = []
-        with serving(CAPACITY) as (grpc, process):
+        with running(CAPACITY, model) as server:
+            grpc, process = server.target.address, server.process
             for _ in range(args.repeats):
                 before = memory_mb(process)
                 run = rates(load(grpc, model, 256, args.seconds + 6, 1500, texts), 4, args.seconds)
@@ -275,7 +248,8 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
     texts = prompt_texts(64, seed=2)
     result: dict[str, Any] = {"streams": 8, "tokens_per_second_per_stream": 30, "max_tokens": 120}
     for model in MODELS:
-        with serving(LATENCY) as (grpc, _):
+        with running(LATENCY, model) as server:
+            grpc = server.target.address
             load(grpc, model, 8, 3, 30, texts)
             answers = [a for a in load(grpc, model, 8, args.seconds, 120, texts) if a.last_token_ns]
         added = sorted(1e3 * value for answer in answers for value in added_latencies(answer))
@@ -306,7 +280,8 @@ def embedded(args: argparse.Namespace) -> dict[str, Any]:
         for target, streams in ((runs, 64), (single, 1)):
             target["engine alone"].append(alone(texts, streams, args.seconds))
         for model in MODELS:
-            with serving(deployment) as (grpc, _process):
+            with running(deployment, model) as server:
+                grpc = server.target.address
                 load(grpc, model, 8, 2, 64, texts)
                 for target, streams in ((runs, 64), (single, 1)):
                     answers = load(grpc, model, streams, args.seconds + 3, args.max_tokens, texts)
@@ -413,7 +388,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15, help="measured time of each run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=256, help="length of the embedded engine's answers")
-    parser.add_argument("--responses-per-second", type=int, default=500, help="pace of the embedded engine's front")
+    parser.add_argument("--responses-per-second", type=int, default=250, help="pace of the embedded engine's front")
     args = parser.parse_args()
     result = {"part": args.part, "machine": machine(), "command": sys.argv, "settings": vars(args)}
     result |= {"capacity": capacity, "latency": latency, "embedded": embedded}[args.part](args)

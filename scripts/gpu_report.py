@@ -37,8 +37,8 @@ first chunk) / 255. ITL: between neighbouring chunks, which may carry several to
 A row is two runs of its load counted together (`runs` in the JSON files), but for `vllm serve` with 1 API server and,
 with FP8, its Rust front end: one run each, of another day. With bfloat16 the Rust front end had the other GPU of the
 host. With FP8 at 64 streams the raw engine and the Rust front end have three runs on one host, and what goes through
-Triton four on another, all of a later day. The same target gave up to 3 % more or less on another day; within a day, 1 %, with one exception: one of the two
-runs of `ensemble` at 256 streams with FP8 was 9 % slower than the other.
+Triton four on another, all of a later day. The same target gave up to 3 % more or less on another day; within a day,
+1 %, with one exception: one of the two runs of `ensemble` at 256 streams with FP8 was 9 % slower than the other.
 
 TTFT with 256 streams comes in whole prefill steps (0.2 s in bfloat16, 0.12 s in FP8). Streams end in groups, a decode
 step apart. The groups that end before the first of their next requests has come in wait for each other's prefills: two

@@ -15,7 +15,6 @@ import json
 import math
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 from roundhouse.bench.identity import Examiner, Mix, Tally, for_seconds
 from roundhouse.bench.machine import machine
@@ -174,21 +172,18 @@ def main() -> int:
     args = parser.parse_args()
     seconds = 60 * args.minutes
     mix = Mix(clients=40, tokens=(1, 24), cancelled=args.cancelled, unary=0.3)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "deployment.yaml"
-        path.write_text(yaml.safe_dump(DEPLOYMENT))
-        with running(path, "ensemble") as server:
-            blocks = blocks_used(server)
-            with Watch(server.process, max(seconds / 300, 0.5), blocks) as watch:
-                time_left = for_seconds(seconds)
-                kill_at = every(args.kill_every, (1 - QUIET) * seconds)
-                life = asyncio.run(load(server, mix, lambda _: time_left(), kill_at))
-            tally = life.tally
-            if not life.lived:
-                raise SystemExit(f"failed: the server ended after {life.seconds:.0f} s and {tally.streams} streams")
-            time.sleep(5)  # clients of ensembles that went away are noticed after 3 s
-            left = blocks()
-            figures = scrape(server.target)
+    with running(DEPLOYMENT, "ensemble") as server:
+        blocks = blocks_used(server)
+        with Watch(server.process, max(seconds / 300, 0.5), blocks) as watch:
+            time_left = for_seconds(seconds)
+            kill_at = every(args.kill_every, (1 - QUIET) * seconds)
+            life = asyncio.run(load(server, mix, lambda _: time_left(), kill_at))
+        tally = life.tally
+        if not life.lived:
+            raise SystemExit(f"failed: the server ended after {life.seconds:.0f} s and {tally.streams} streams")
+        time.sleep(5)  # clients of ensembles that went away are noticed after 3 s
+        left = blocks()
+        figures = scrape(server.target)
     changes = compare(watch.samples, seconds)
     leaks = sorted(name for name, change in changes.items() if change["change_percent"] > 100 * TOLERANCE)
     passed = not (leaks or tally.faults or left)

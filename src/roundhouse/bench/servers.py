@@ -11,12 +11,14 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
+import yaml
 
 from roundhouse.bench.clients import Target
 
@@ -56,18 +58,27 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def running(deployment: Path, model: str, protocol: str = "grpc") -> Iterator[Running]:
-    """`roundhouse serve` on free ports of loopback, until the block ends. Raises StartError."""
+def running(deployment: Path | Mapping[str, Any], model: str, protocol: str = "grpc") -> Iterator[Running]:
+    """`roundhouse serve` of a deployment or of a file with one, on free ports of loopback, until the block ends.
+
+    Raises StartError.
+    """
     http, grpc, metrics = free_ports(3)
-    command = [sys.executable, "-m", "roundhouse.cli", "serve", str(deployment), "--drain-seconds", "5"]
-    command += ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
-    with tempfile.NamedTemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    with tempfile.TemporaryDirectory() as folder:
+        path, log = Path(folder) / "deployment.yaml", Path(folder) / "server.log"
+        if isinstance(deployment, Path):
+            path = deployment
+        else:
+            path.write_text(yaml.safe_dump(dict(deployment)))
+        command = [sys.executable, "-m", "roundhouse.cli", "serve", str(path), "--drain-seconds", "5"]
+        command += ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
+        with log.open("w") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
-            _wait_ready(process, f"http://127.0.0.1:{http}/v2/health/ready", deployment, Path(log.name))
+            _wait_ready(process, f"http://127.0.0.1:{http}/v2/health/ready", path, log)
             port = grpc if protocol == "grpc" else http
             target = Target.parse(f"{protocol}://127.0.0.1:{port}/{model}?metrics={metrics}")
-            yield Running(target, psutil.Process(process.pid), Path(log.name))
+            yield Running(target, psutil.Process(process.pid), log)
         finally:
             _stop(process)
 
