@@ -22,7 +22,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ import psutil
 
 from roundhouse.bench.machine import machine
 from roundhouse.bench.servers import running
+from roundhouse.bench.watch import role
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "docs/benchmarks"
@@ -97,14 +100,22 @@ class Answer:
     last_token_ns: int = 0
 
 
-def load(grpc: str, model: str, streams: int, seconds: float, max_tokens: int, texts: list[str]) -> list[Answer]:
-    """Keep `streams` requests going for `seconds`; those that are open at the end count with what came by then."""
+def load(
+    grpc: str, model: str, streams: int, seconds: float, max_tokens: int, texts: list[str]
+) -> tuple[list[Answer], float]:
+    """Keep `streams` requests going for `seconds`; those that are open at the end count with what came by then.
+
+    Returns the client's CPU seconds too.
+    """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_load, (grpc, model, streams, seconds, max_tokens, texts))
 
 
-def _load(*args: Any) -> list[Answer]:
-    return asyncio.run(_run_streams(*args))
+def _load(*args: Any) -> tuple[list[Answer], float]:
+    import tritonclient.grpc  # noqa: F401  what it takes to import is not counted
+
+    begun = time.process_time()
+    return asyncio.run(_run_streams(*args)), time.process_time() - begun
 
 
 async def _run_streams(
@@ -230,7 +241,8 @@ def capacity(args: argparse.Namespace) -> dict[str, Any]:
             grpc, process = server.target.address, server.process
             for _ in range(args.repeats):
                 before = memory_mb(process)
-                run = rates(load(grpc, model, 256, args.seconds + 6, 1500, texts), 4, args.seconds)
+                answers, _ = load(grpc, model, 256, args.seconds + 6, 1500, texts)
+                run = rates(answers, 4, args.seconds)
                 run["delivered_percent"] = round(run["tokens_per_second"] / 200, 2)
                 run |= {"memory_before_mb": round(before, 1), "memory_after_mb": round(memory_mb(process), 1)}
                 print(f"{model}: {run}", flush=True)
@@ -251,7 +263,8 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
         with running(LATENCY, model) as server:
             grpc = server.target.address
             load(grpc, model, 8, 3, 30, texts)
-            answers = [a for a in load(grpc, model, 8, args.seconds, 120, texts) if a.last_token_ns]
+            answers, _ = load(grpc, model, 8, args.seconds, 120, texts)
+        answers = [answer for answer in answers if answer.last_token_ns]
         added = sorted(1e3 * value for answer in answers for value in added_latencies(answer))
         result[model] = {
             "tokens_per_response": round(sum(sum(a.tokens) for a in answers) / sum(len(a.tokens) for a in answers), 4),
@@ -284,17 +297,34 @@ def embedded(args: argparse.Namespace) -> dict[str, Any]:
                 grpc = server.target.address
                 load(grpc, model, 8, 2, 64, texts)
                 for target, streams in ((runs, 64), (single, 1)):
-                    answers = load(grpc, model, streams, args.seconds + 3, args.max_tokens, texts)
-                    target[model].append(rates(answers, 2, args.seconds))
+                    seconds = args.seconds + 3
+                    before = cpu_seconds(server.process)
+                    answers, client = load(grpc, model, streams, seconds, args.max_tokens, texts)
+                    used = cpu_seconds(server.process) - before
+                    engine = used.pop("engine")
+                    cores = {"engine_cores": engine / seconds, "path_cores": (used.total() + client) / seconds}
+                    target[model].append({**rates(answers, 2, args.seconds), **cores})
         print({name: [run["tokens_per_second"] for run in all_] for name, all_ in runs.items()}, flush=True)
     result: dict[str, Any] = {"max_tokens": args.max_tokens, "responses_per_second": args.responses_per_second}
     for label, target in (("64 streams", runs), ("1 stream", single)):
         result[label] = {name: {"median": median_of(all_), "runs": all_} for name, all_ in target.items()}
-    own = result["64 streams"]["engine alone"]["median"]["tokens_per_second"]
+    own = result["64 streams"]["engine alone"]["median"]
     for model in MODELS:
         median = result["64 streams"][model]["median"]
-        median["percent_of_engine"] = round(100 * median["tokens_per_second"] / own, 1)
+        median["percent_of_engine"] = round(100 * median["tokens_per_second"] / own["tokens_per_second"], 1)
+        # the most that could be, if the engine lost nothing but the cores that the path takes
+        median["percent_of_cores"] = round(100 * (1 - median["path_cores"] / own["engine_cores"]), 1)
     return result
+
+
+def cpu_seconds(server: psutil.Process) -> Counter[str]:
+    """CPU time so far of each process of a server, by its role."""
+    used: Counter[str] = Counter()
+    for process in [server, *server.children(recursive=True)]:
+        with suppress(psutil.Error):
+            times = process.cpu_times()
+            used[role(process)] += times.user + times.system  # type: ignore[assignment]
+    return used
 
 
 def alone(texts: list[str], streams: int, seconds: float) -> dict[str, float]:
@@ -329,7 +359,8 @@ def _alone(texts: list[str], streams: int, seconds: float, max_tokens: int) -> d
         )
 
     warm_up = 2.0
-    ends = time.monotonic() + warm_up + seconds + 1
+    length = warm_up + seconds + 1
+    begun, ends = time.process_time(), time.monotonic() + length
     for stream in range(streams):
         submit(stream, stream)
     number = streams
@@ -342,7 +373,8 @@ def _alone(texts: list[str], streams: int, seconds: float, max_tokens: int) -> d
             if output.last:
                 submit(number, answer.stream)
                 number += 1
-    return rates(list(answers.values()), warm_up, seconds)
+    cores = (time.process_time() - begun) / length
+    return {**rates(list(answers.values()), warm_up, seconds), "engine_cores": cores}
 
 
 def median_of(runs: list[dict[str, float]]) -> dict[str, float]:

@@ -67,10 +67,13 @@ def test_the_figures_are_the_measured_ones() -> None:
         [f"{latency[model]['added_ms']['p50']:.1f} ms" for model in models],
         [f"{one[model]['median']['ttft_p50_ms'] - first:.1f} ms" for model in models],
         [f"{100 * embedded[model]['median']['tokens_per_second'] / alone:.0f} %" for model in models],
+        [f"{embedded[model]['median']['percent_of_cores']:.0f} %" for model in models],
     ]
     for row in rows:
         assert f"| {row[0]} | {row[1]} |" in README
     assert f"({alone:,.0f} tokens/s)" in README
+    cores = embedded["engine alone"]["median"]["engine_cores"], embedded[models[0]]["median"]["path_cores"]
+    assert "uses {:.2f} of the two cores when it is alone, and server and client take {:.2f}".format(*cores) in README
 
 
 def test_the_gpu_figures_are_the_measured_ones() -> None:
