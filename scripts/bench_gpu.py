@@ -8,7 +8,10 @@ servers), `vllm-rust` (its Rust front end), `roundhouse` (`tensorrt_llm_bls`, `e
 of one server). All of them get the same model (Llama-3-8B shape, random weights, a tokenizer of 128,256 entries that
 this script makes), the same engine settings, prompts of 512 tokens and answers of 256, sampled at temperature 1. All
 streams start at once, and each sends its next request when it has its answer. Clients are processes of their own on the
-same machine.
+same machine, which start together. With --side-by-side all servers are up at once, and each run of one is followed by
+one of the next, so that they share the GPU and the minutes:
+
+    scripts/bench_gpu.py --side-by-side --memory-fraction 0.3 --targets roundhouse,vllm-4,vllm-rust --streams 64,256
 
 ROUNDHOUSE_ENGINE_PYTHON names the interpreter that has vLLM (default: this one). Writes
 docs/benchmarks/gpu-PRECISION.json (what was not asked for keeps its figures); scripts/gpu_report.py makes plots and a
@@ -23,13 +26,12 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ OURS = {"tensorrt_llm_bls": "grpc", "ensemble": "grpc", "openai": "sse"}  # what
 PERCENTILES = (50, 95, 99)
 ROUNDS = {1: 4, 64: 6, 256: 4, 1 << 20: 2}  # streams, at most -> requests of each
 LOAD_SECONDS = 120  # a load that takes longer has failed
-SETTINGS = {"memory_fraction": 0.9, "max_batch_size": 512, "max_seq_len": 2048, "max_num_tokens": 8192}
+SETTINGS = {"max_batch_size": 512, "max_seq_len": 2048, "max_num_tokens": 8192}
 FRONTS = {"preprocessing": 4, "tensorrt_llm": 4, "tensorrt_llm_bls": 4}
 
 
@@ -176,30 +178,57 @@ class Load:
     bodies: list[str]
 
 
-def run_load(
-    kind: str, address: str, model: str, streams: int, rounds: int, prompts: Prompts
-) -> tuple[list[Answer], float]:
-    """Answers of a closed loop, and the clients' CPU seconds. Uses up one opener."""
+@dataclass(frozen=True)
+class Served:
+    """Something to measure. `name`: also that of the model. `kind`: see Load. `process`: the server's."""
+
+    name: str
+    kind: str
+    address: str
+    process: psutil.Process
+
+
+@dataclass(frozen=True)
+class Run:
+    """One load: its answers, and CPU seconds of all clients and of the server."""
+
+    answers: list[Answer]
+    client: float
+    server: float
+
+
+def run_load(served: Served, streams: int, rounds: int, prompts: Prompts) -> Run:
+    """A closed loop. Uses up one opener."""
     clients = min(CLIENTS, streams)
     opener = prompts.openers.pop()
     shares = [streams // clients + (index < streams % clients) for index in range(clients)]
     loads = [
-        Load(kind, address, model, share, rounds, opener, prompts.bodies[index::clients])
+        Load(served.kind, served.address, served.name, share, rounds, opener, prompts.bodies[index::clients])
         for index, share in enumerate(shares)
     ]
-    with multiprocessing.get_context("spawn").Pool(clients) as pool:
+    before = cpu_seconds(served.process)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(clients, share_barrier, (context.Barrier(clients),)) as pool:
         parts = pool.map(client, loads, chunksize=1)
-    return [answer for answers, _ in parts for answer in answers], sum(cpu for _, cpu in parts)
+    spent = sum(value - before.get(pid, 0.0) for pid, value in cpu_seconds(served.process).items())
+    return Run([answer for answers, _ in parts for answer in answers], sum(cpu for _, cpu in parts), spent)
+
+
+def share_barrier(barrier: Any) -> None:
+    """In a client process: remember where all of them meet before they start."""
+    global _barrier
+    _barrier = barrier
+
+
+_barrier: Any = None
 
 
 def client(load: Load) -> tuple[list[Answer], float]:
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    answers = asyncio.run(closed_loop(load))
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    return answers, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return asyncio.run(closed_loop(load))
 
 
-async def closed_loop(load: Load) -> list[Answer]:
+async def closed_loop(load: Load) -> tuple[list[Answer], float]:
+    """Answers, and CPU seconds; both from when all clients have imported and connected what they need."""
     answers: list[Answer] = []
     send = await (grpc_sender(load) if load.kind == "grpc" else sse_sender(load))
 
@@ -208,10 +237,12 @@ async def closed_loop(load: Load) -> list[Answer]:
             answers.append(answer := Answer(time.monotonic()))
             await send(load.opener + load.bodies[(index + number * load.streams) % len(load.bodies)], answer)
 
+    await asyncio.to_thread(_barrier.wait, LOAD_SECONDS)
+    begun = time.process_time()
     async with asyncio.timeout(LOAD_SECONDS), asyncio.TaskGroup() as group:
         for index in range(load.streams):
             group.create_task(stream(index))
-    return answers
+    return answers, time.process_time() - begun
 
 
 async def grpc_sender(load: Load) -> Any:
@@ -220,6 +251,7 @@ async def grpc_sender(load: Load) -> Any:
 
     channels = [grpc.aio.insecure_channel(load.address, options=[("channel", index)]) for index in range(4)]
     stubs = [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in channels]
+    await asyncio.gather(*(channel.channel_ready() for channel in channels))
 
     def message(text: str) -> Any:
         request = service_pb2.ModelInferRequest(model_name=load.model)
@@ -317,21 +349,22 @@ def rounds(streams: int) -> int:
     return next(count for limit, count in ROUNDS.items() if streams <= limit)
 
 
-def measure(
-    kind: str, address: str, model: str, process: psutil.Process, prompts: Prompts, args: argparse.Namespace
-) -> dict[str, Any]:
-    """All numbers of streams on one target."""
-    run_load(kind, address, model, 8, 2, prompts)  # the first requests compile and fill caches
-    points = {}
+def measure(served: Sequence[Served], prompts: Prompts, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """All numbers of streams on all that is served; run by run in turn, so that all of them meet the same minutes."""
+    for one in served:
+        run_load(one, 8, 2, prompts)  # the first requests compile and fill caches
+    points: dict[str, dict[str, Any]] = {one.name: {} for one in served}
     for streams in args.streams:
-        before = cpu_seconds(process)
-        runs = [run_load(kind, address, model, streams, rounds(streams), prompts) for _ in range(args.repeats)]
-        spent = sum(value - before.get(pid, 0.0) for pid, value in cpu_seconds(process).items())
-        point = figures([answers for answers, _ in runs])
-        point["server_cores"] = round(spent / point["seconds"], 2)
-        point["client_cores"] = round(sum(cpu for _, cpu in runs) / point["seconds"], 2)
-        points[str(streams)] = point
-        tell(model, streams, point)
+        runs: dict[str, list[Run]] = {one.name: [] for one in served}
+        for _ in range(args.repeats):
+            for one in served:
+                runs[one.name].append(run_load(one, streams, rounds(streams), prompts))
+        for name, its in runs.items():
+            point = figures([run.answers for run in its])
+            point["server_cores"] = round(sum(run.server for run in its) / point["seconds"], 2)
+            point["client_cores"] = round(sum(run.client for run in its) / point["seconds"], 2)
+            points[name][str(streams)] = point
+            tell(name, streams, point)
     return points
 
 
@@ -393,13 +426,14 @@ def step_engine(path: str, streams: str, repeats: str, out: str) -> None:
     engine.close()
 
 
-def target_vllm(model: Path, prompts: Prompts, args: argparse.Namespace, name: str) -> dict[str, Any]:
+@contextmanager
+def vllm_server(model: Path, args: argparse.Namespace, name: str) -> Iterator[list[Served]]:
     (port,) = free_ports(1)
     command = [ENGINE_PYTHON, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), "--load-format", "dummy"]
     command += ["--max-model-len", str(SETTINGS["max_seq_len"]), "--max-num-seqs", str(SETTINGS["max_batch_size"])]
     command += ["--max-num-batched-tokens", str(SETTINGS["max_num_tokens"])]
-    command += ["--gpu-memory-utilization", str(SETTINGS["memory_fraction"])]
+    command += ["--gpu-memory-utilization", str(args.memory_fraction)]
     if args.precision == "fp8":
         command += ["--quantization", "fp8", "--kv-cache-dtype", "fp8"]
     environment = dict(os.environ)
@@ -408,10 +442,11 @@ def target_vllm(model: Path, prompts: Prompts, args: argparse.Namespace, name: s
     else:
         command += ["--api-server-count", name.removeprefix("vllm-"), "--disable-uvicorn-access-log"]
     with started(command, f"http://127.0.0.1:{port}/health", args.logs / f"{name}.log", environment) as process:
-        return {name: measure("sse", f"127.0.0.1:{port}", name, process, prompts, args)}
+        yield [Served(name, "sse", f"127.0.0.1:{port}", process)]
 
 
-def target_roundhouse(model: Path, prompts: Prompts, args: argparse.Namespace) -> dict[str, Any]:
+@contextmanager
+def roundhouse_server(model: Path, args: argparse.Namespace) -> Iterator[list[Served]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "deployment.yaml"
         path.write_text(yaml.safe_dump(deployment(model, args)))
@@ -420,20 +455,28 @@ def target_roundhouse(model: Path, prompts: Prompts, args: argparse.Namespace) -
         command += ["--grpc-port", str(grpc), "--metrics-port", str(metrics), "--openai-port", str(openai)]
         with started(command, f"http://127.0.0.1:{openai}/ready", args.logs / "roundhouse.log") as process:
             ports = {"grpc": grpc, "sse": openai}
-            return {
-                name: measure(OURS[name], f"127.0.0.1:{ports[OURS[name]]}", name, process, prompts, args)
-                for name in args.models
-            }
+            yield [Served(name, OURS[name], f"127.0.0.1:{ports[OURS[name]]}", process) for name in args.models]
+
+
+def servers(names: Sequence[str], prompts: Prompts, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """These servers at the same time."""
+    with ExitStack() as stack:
+        served: list[Served] = []
+        for name in names:
+            ours = name == "roundhouse"
+            server = roundhouse_server(args.model, args) if ours else vllm_server(args.model, args, name)
+            served += stack.enter_context(server)
+        return measure(served, prompts, args)
 
 
 def deployment(model: Path, args: argparse.Namespace) -> dict[str, Any]:
     fp8 = args.precision == "fp8"
     return {
         "model": {"path": str(model)},
-        "engine": {"kind": "vllm", "memory_fraction": SETTINGS["memory_fraction"], "load_format": "dummy"},
+        "engine": {"kind": "vllm", "memory_fraction": args.memory_fraction, "load_format": "dummy"},
         "precision": {"weights": "fp8" if fp8 else "bfloat16", "kv_cache": "fp8" if fp8 else "auto"},
         "limits": {
-            **{key: value for key, value in SETTINGS.items() if key != "memory_fraction"},
+            **SETTINGS,
             "queue": 1024,
         },
         "kv_cache": {"tokens_per_block": 16},
@@ -492,6 +535,8 @@ def main() -> None:
     parser.add_argument("--streams", default="1,64,256,512")
     parser.add_argument("--repeats", type=int, default=1, help="of each load; their answers count together")
     parser.add_argument("--responses-per-second", type=int, default=4000, help="pace of each front")
+    parser.add_argument("--side-by-side", action="store_true", help="all servers at once, loaded in turn; without raw")
+    parser.add_argument("--memory-fraction", type=float, default=0.9, help="of the GPU, for each server")
     parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "roundhouse-llama-3-8b-shape")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--output", type=Path, default=BENCHMARKS)
@@ -507,19 +552,15 @@ def main() -> None:
     path = args.output / f"gpu-{args.precision}.json"
     result = json.loads(path.read_text()) if path.exists() else {"targets": {}, "commands": []}
     shown = {"prompt_tokens": PROMPT, "answer_tokens": ANSWER, "clients": CLIENTS, "fronts": FRONTS, **SETTINGS}
+    shown["memory_fraction"] = args.memory_fraction
     result |= {"precision": args.precision, "hardware": hardware(), "versions": versions(), "settings": shown}
     result["commands"].append(" ".join(sys.argv))
-    for name in args.targets.split(","):
+    names = args.targets.split(",")
+    for group in [names] if args.side_by_side else [[name] for name in names]:
         try:
-            match name:
-                case "raw":
-                    measured = target_raw(args.model, args)
-                case "roundhouse":
-                    measured = target_roundhouse(args.model, prompts, args)
-                case _:
-                    measured = target_vllm(args.model, prompts, args, name)
+            measured = target_raw(args.model, args) if group == ["raw"] else servers(group, prompts, args)
         except (Exception, SystemExit) as error:  # one target's failure costs no other its figures
-            print(f"{name} failed: {error!r}", flush=True)
+            print(f"{', '.join(group)} failed: {error!r}", flush=True)
             continue
         for target, points in measured.items():
             result["targets"].setdefault(target, {}).update(points)

@@ -40,6 +40,10 @@ host. With FP8 at 64 streams the raw engine and the Rust front end have three ru
 Triton four on another, all of a later day. The same target gave up to 3 % more or less on another day; within a day,
 1 %, with one exception: one of the two runs of `ensemble` at 256 streams with FP8 was 9 % slower than the other.
 
+In all these runs each client process began as soon as it had imported what it needs, which takes longest with Triton's
+client: so rates through Triton are low by what its eight processes were apart, and the clients' cores hold their
+imports. Since then they start together (`scripts/bench_gpu.py`); the rows have not been measured again.
+
 TTFT with 256 streams comes in whole prefill steps (0.2 s in bfloat16, 0.12 s in FP8). Streams end in groups, a decode
 step apart. The groups that end before the first of their next requests has come in wait for each other's prefills: two
 in the loop without a server, one more for each decode step (15 and 11 ms) that the way out and back in takes.

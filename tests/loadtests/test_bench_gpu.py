@@ -1,0 +1,50 @@
+"""The load of scripts/bench_gpu.py, on an engine that needs no GPU."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import bench_gpu
+import psutil
+import pytest
+
+from tests.server.conftest import Server
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture
+def served(loaded: Server) -> list[bench_gpu.Served]:
+    process = psutil.Process(loaded.process.pid)
+    return [bench_gpu.Served(name, "grpc", loaded.grpc_url, process) for name in ("tensorrt_llm_bls", "ensemble")]
+
+
+@pytest.fixture
+def prompts() -> bench_gpu.Prompts:
+    return bench_gpu.Prompts(list("abcdefgh"), [f" of number {number}" for number in range(64)])
+
+
+def test_clients_start_together(served: list[bench_gpu.Served], prompts: bench_gpu.Prompts) -> None:
+    """What they import takes seconds on two cores: what is measured must not begin with the first that is done."""
+    streams, rounds = 16, 2
+    run = bench_gpu.run_load(served[0], streams, rounds, prompts)
+    assert len(run.answers) == streams * rounds
+    assert run.server > 0
+    assert run.client > 0
+    first = sorted(answer.sent for answer in run.answers)[:streams]
+    assert first[-1] - first[0] < 1.0
+
+
+def test_what_is_served_is_loaded_in_turn(
+    served: list[bench_gpu.Served], prompts: bench_gpu.Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_gpu, "ROUNDS", {64: 1})
+    points = bench_gpu.measure(served, prompts, Namespace(streams=[4], repeats=2))
+    assert set(points) == {"tensorrt_llm_bls", "ensemble"}
+    for name in points:
+        point = points[name]["4"]
+        assert len(point["runs"]) == 2
+        assert point["answers"] == 2 * 4
+        # no stream gets more than 200 tokens a second
+        assert 100 < point["tokens_per_second"] < 4 * 200
+        assert point["ttft_ms"]["p50"] < point["end_to_end_ms"]["p50"]
