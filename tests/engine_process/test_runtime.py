@@ -75,3 +75,21 @@ def test_there_must_be_such_a_server() -> None:
         gone.wait()
     with pytest.raises(EngineError, match="is gone"):
         runtime.runtime_dir(gone.pid)
+
+
+STUB = ["/backends/python/triton_python_backend_stub", "/models/ensemble/1/model.py", "region", "16777216", "16777216"]
+
+
+@pytest.mark.parametrize(
+    ("command", "server"),
+    [
+        ([*STUB, "4711", "/backends/python", "336", "ensemble_0_0", "DEFAULT"], 4711),
+        ([*STUB, "somewhere", "4711"], 1),
+        (STUB, 1),
+        (["python", "-m", "pytest", "a", "b", "4711"], 1),
+    ],
+    ids=["a stub", "a stub of an unknown kind", "cut short", "no stub"],
+)
+def test_a_stub_knows_its_server_after_that_has_died(command: list[str], server: int) -> None:
+    """Its parent is init then, which must not be taken for the server."""
+    assert runtime.server_of(command, 1) == server

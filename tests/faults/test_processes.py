@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -168,3 +169,12 @@ def test_sigterm_while_it_loads(tmp_path: Path, shared: Server) -> None:
         assert process.wait(timeout=5) == 0
     _, alive = psutil.wait_procs(family, timeout=8)
     assert alive == []
+    # a model that was starting just then may still have started an engine: it ends as well
+    until(lambda: not any(str(path) in command for command in commands()), 15, "the end of all that was started")
+
+
+def commands() -> Iterator[list[str]]:
+    """The command lines of all processes."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            yield process.cmdline()

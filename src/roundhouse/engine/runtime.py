@@ -11,7 +11,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -146,6 +146,16 @@ def _in_use(folder: Path) -> bool:
         finally:
             os.close(lock)
     return False
+
+
+def server_of(command: Sequence[str], parent: int) -> int:
+    """The process id of the Triton that has started a stub with this command line; elsewhere the parent.
+
+    A stub whose Triton has just died has another parent: init, whom it must neither serve nor signal.
+    """
+    if "triton_python_backend_stub" in command[0] and len(command) > 5 and command[5].isdigit():
+        return int(command[5])
+    return parent
 
 
 def when_gone(pid: int, seconds: float, then: Callable[[], None]) -> None:

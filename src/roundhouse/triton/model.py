@@ -16,7 +16,7 @@ from roundhouse.bugs import described
 from roundhouse.engine.base import RequestError
 from roundhouse.engine.client import EngineClient
 from roundhouse.engine.protocol import Error, ErrorCode
-from roundhouse.engine.runtime import DRAINING, OUTLIVE_SECONDS, runtime_dir, when_gone
+from roundhouse.engine.runtime import DRAINING, OUTLIVE_SECONDS, runtime_dir, server_of, when_gone
 from roundhouse.text.detokenize import Detokenizer
 from roundhouse.text.tokenizer import Tokenizer
 from roundhouse.triton import backend
@@ -34,8 +34,10 @@ class Settings:
     """What `initialize` gets: the model's config.pbtxt, its name, its instance."""
 
     def __init__(self, args: Mapping[str, str]) -> None:
+        command = Path("/proc/self/cmdline").read_text(errors="replace").split("\0")
+        self.server_pid = server_of(command, os.getppid())
         # Triton's stub may wait for ever for a server that was killed.
-        when_gone(os.getppid(), OUTLIVE_SECONDS, lambda: os._exit(1))
+        when_gone(self.server_pid, OUTLIVE_SECONDS, lambda: os._exit(1))
         config = json.loads(args["model_config"])
         self.name: str = args["model_name"]
         self.version: str = args["model_version"]
@@ -67,10 +69,9 @@ class StreamingModel:
         self.echo = settings.flag("exclude_input_in_output") is False
         self.tokenizer = settings.tokenizer()
         self.configure(settings)
-        server_pid = os.getppid()
-        client = EngineClient(settings.deployment_path, settings.instance, server_pid, log=backend.log_info)
+        client = EngineClient(settings.deployment_path, settings.instance, settings.server_pid, log=backend.log_info)
         self.info = client.start()
-        folder = runtime_dir(server_pid)
+        folder = runtime_dir(settings.server_pid)
         self._draining = folder / DRAINING
         detokenizer = Detokenizer(self.tokenizer, self.skip_special_tokens)
         if not detokenizer.incremental:

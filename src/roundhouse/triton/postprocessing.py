@@ -7,7 +7,6 @@ passing chunks on because the client has gone.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +32,7 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         settings = Settings(args)
         self._detokenizer = Detokenizer(settings.tokenizer(), settings.flag("skip_special_tokens"))
-        self._post = Post(runtime_dir(os.getppid()))
+        self._post = Post(runtime_dir(settings.server_pid))
         self._asked: dict[tuple[int, int], float] = {}  # front and stream -> when Triton was asked for its client
         self._next_ask = 0.0
 
