@@ -76,6 +76,11 @@ def test_the_figures_are_the_measured_ones() -> None:
     assert "uses {:.2f} of the two cores when it is alone, and server and client take {:.2f}".format(*cores) in README
 
 
+def test_nothing_is_said_twice() -> None:
+    lines = [line for line in README.splitlines() if len(line) > 60]
+    assert sorted(set(lines)) == sorted(lines)
+
+
 def test_the_gpu_figures_are_the_measured_ones() -> None:
     assert "\n".join(gpu_report.summary()) in README
     at_256 = {name: points["256"] for name, points in gpu_report.read("fp8")["targets"].items()}
