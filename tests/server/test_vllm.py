@@ -108,10 +108,16 @@ def test_guided_decoding(server: Server) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_client_that_goes_away_frees_its_blocks(server: Server, model: str) -> None:
+    def cancelled() -> float:
+        counters = client.metrics(server)
+        return sum(value for name, value in counters.items() if name.startswith("roundhouse_cancelled_total"))
+
+    before = cancelled()
     with opened(server, model, {"text_input": PROMPT, "max_tokens": 1500, "stream": True, "end_id": 1048576}) as stream:
         next(stream.replies())
         until(lambda: client.gauge(server, "active") == 1, 5, "one active")
-    until(lambda: client.gauge(server, "active") == 0, 10, "nothing active")
+    until(lambda: client.gauge(server, "active") == 0, client.TIMEOUT, "nothing active")
+    until(lambda: cancelled() == before + 1, 5, "one cancelled, not answered to its end")
 
 
 def test_bad_requests_name_their_field(server: Server) -> None:

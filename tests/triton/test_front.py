@@ -335,6 +335,18 @@ class TestEnsembleStep:
         finally:
             front.close()
 
+    def test_tokens_without_text_tell_too_whether_the_client_is_gone(self, front: Front, client: QueueClient) -> None:
+        made, sender = job(form=Form.STEP)
+        id = submit(front, client, made)
+        began = time.monotonic()
+        while not sender.finished.is_set() and time.monotonic() - began < 5:
+            client.give(Output(id=id, tokens=[TOKENIZER.eos_token_id]))
+            time.sleep(0.02)
+        assert client.cancelled == [id]
+        (chunk, *_) = sender.responses
+        assert chunk["sequence_length"].item() > 1, "they have waited for text"
+        assert 0.5 < time.monotonic() - began < 3.5
+
     def test_a_lost_chunk_means_that_the_client_is_gone(self, front: Front, client: QueueClient) -> None:
         made, sender = job(form=Form.STEP)
         id = submit(front, client, made)

@@ -36,6 +36,7 @@ MAX_ON_THE_WAY = 16  # chunks of all streams of all fronts: so long is the queue
 PASSAGE_SECONDS = 0.1  # after which a chunk that was not passed on holds up no other
 LOST_SECONDS = 1.5  # a chunk that postprocessing did not get, while it got later ones of others
 SILENT_SECONDS = 2.2  # the same, when there were none of others
+TEXTLESS_SECONDS = 0.5  # tokens without text go to postprocessing after it, to learn whether the client is there
 STEP_COST = 2.5  # responses: what a chunk on its way through postprocessing too takes of the machine
 CHECKS_PER_SECOND = 400  # questions to Triton whether a client is still there; each costs about 0.1 ms
 CHECK_SECONDS = 0.4  # no client is asked for more often
@@ -259,7 +260,9 @@ class Front:
         if stream.error is not None:
             job.sender.fail(stream.error, final=final)
         else:
-            tensors = stream.chunk()
+            since = stream.textless_since or now
+            tensors = stream.chunk(textless=job.form is Form.STEP and now - since > TEXTLESS_SECONDS)
+            stream.textless_since = since if tensors is None else None
             if tensors is None:
                 return
             self._pace.take(STEP_COST if job.form is Form.STEP else 1.0)

@@ -82,6 +82,7 @@ class Stream:
         self.queued = False
         self.unacknowledged: dict[int, Departure] = {}  # chunk -> when it was sent, in the ensemble
         self.chunks = 0
+        self.textless_since: float | None = None  # tokens wait that make no text yet
         self.generated = 0
         self.stopped = False  # a stop word or an order ended it; what the engine still sends is dropped
         self.done = False  # its last response is sent, or nobody wants one
@@ -126,19 +127,22 @@ class Stream:
     def sendable(self) -> bool:
         return self.last or (self.generation.stream and bool(self._pending))
 
-    def chunk(self) -> dict[str, npt.NDArray[Any]] | None:
-        """The tensors of the next response with all that is pending, or None while that is not a whole character."""
+    def chunk(self, *, textless: bool = False) -> dict[str, npt.NDArray[Any]] | None:
+        """The tensors of the next response with all that is pending.
+
+        None while that makes no text, since it ends inside a character or is special tokens; unless `textless`.
+        """
         tokens, last = self._pending, self.last
-        body = self._body(tokens, last)
+        body = self._body(tokens, last, textless or last)
         if body is None:
             return None
         self.chunks += 1
         self._pending = []
         return {**body, **self._extras(tokens, last)}
 
-    def _body(self, tokens: list[int], last: bool) -> dict[str, npt.NDArray[Any]] | None:
+    def _body(self, tokens: list[int], last: bool, textless: bool) -> dict[str, npt.NDArray[Any]] | None:
         generation, form = self.generation, self.job.form
-        if form is not Form.TOKENS and not last and not self._text.chunk_text(self._window, tokens, False):
+        if form is not Form.TOKENS and not textless and not self._text.chunk_text(self._window, tokens, False):
             return None
         window = self._window
         if form is not Form.TOKENS:
