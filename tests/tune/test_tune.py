@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def parsed(raw: dict[str, Any]) -> Deployment:
 
 def figures(rate: float) -> dict[str, Any]:
     return {
-        "output_tokens_per_second": rate, "goodput": None, "tokens_per_second_per_user": {"p50": 5.0}, "ttft_ms": {},
-        "tpot_ms": {}, "failed": 0,
+        "output_tokens_per_second": rate, "goodput": None, "good_percent": None, "ttft_ms": {}, "tpot_ms": {},
+        "tokens_per_second_per_user": {"p50": 5.0}, "failed": 0,
     }  # fmt: skip
 
 
@@ -228,4 +229,48 @@ def test_a_trial_that_lags_is_given_up(tmp_path: Path) -> None:
     run(one, 40)
     lagging = [record for record in one.records() if record["state"] == "given up"]
     assert lagging
-    assert all("less than the median" in record["why"] for record in lagging)
+    assert all("tokens/s so far, good or not; trial" in record["why"] for record in lagging)
+    assert all(record["score"] is None for record in lagging), "tokens/s of a part are no score"
+
+
+def test_a_trial_of_slower_but_better_answers_is_not_given_up(tmp_path: Path) -> None:
+    def trade(raw: dict[str, Any], bench: Bench, checkpoint: Callable[[int, float], None]) -> dict[str, Any]:
+        small = parsed(raw).limits.max_num_tokens < 2048
+        rate, good = (700.0, 100.0) if small else (1000.0, 50.0)
+        checkpoint(0, rate)
+        return {**figures(rate), "goodput": rate * good / 1e4, "good_percent": good}
+
+    one = search(tmp_path)
+    one.run(replace(BENCH, goal="goodput"), Clock(5), lambda: 0, 30, lambda record: None, trade)
+    best = one.best()
+    assert best is not None
+    assert best.params["limits.max_num_tokens"] < 2048
+
+
+def test_each_knob_is_turned_once_on_top_of_what_has_helped(tmp_path: Path) -> None:
+    one = search(tmp_path)
+    steps = [(knob.key, wanted) for knob in one.knobs for wanted in knob.steps(one.start[knob.key])]
+    told = run(one, 1 + len(steps))
+    assert told[1]["changed"] == {"limits.max_batch_size": 32}
+    for record, (key, wanted) in zip(told[2:], steps[1:], strict=True):
+        helped = {"limits.max_batch_size": 32}
+        if record["trial"] > 1 + steps.index(("kv_cache.reuse", True)):
+            helped["kv_cache.reuse"] = True
+        assert record["changed"] == {**helped, key: wanted}
+
+
+@given(st.lists(st.integers(1, 99), min_size=1, unique=True), st.data())
+def test_a_step_leads_half_of_the_way(values: list[int], data: st.DataObject) -> None:
+    now = data.draw(st.sampled_from(values))
+    at = values.index(now)
+    moved = [values.index(step) - at for step in space.Knob("key", tuple(values)).steps(now)]
+    ways = (len(values) - 1 - at, -at)
+    assert moved == [int(way / 2) or (1 if way > 0 else -1) for way in ways if way]
+
+
+def test_a_value_of_its_own_takes_its_place_among_the_others() -> None:
+    knob = space.Knob("limits.max_batch_size", (4, 8, 16))
+    assert space._with_current(knob, 10).values == (4, 8, 10, 16)
+    assert space._with_current(knob, 1).values == (1, 4, 8, 16)
+    assert space._with_current(space.Knob("engine.ngram.draft_tokens", (None, 3, 5)), 4).values == (None, 3, 4, 5)
+    assert space._with_current(space.Knob("precision.kv_cache", ("auto", "fp8")), "fp8_e5m2").values[0] == "fp8_e5m2"

@@ -19,8 +19,9 @@ from roundhouse.tune import trials
 from roundhouse.tune.space import Knob, override, value
 from roundhouse.tune.trials import Bench, BrokenError, Clock, GivenUpError
 
-FIRST_TRIALS = 5  # at random, and never given up, before the optimiser has something to go by
+LAGGING = 0.8  # of the best trial's tokens/s: less than that is not noise
 REPEATED_PROPOSALS = 25  # in a row: there is nothing left to try
+WORTH = 1.03  # a setting that brings less than 3 % stays as it was: that much is noise
 TRIED, CONTRADICTORY = "tried before", "contradictory settings"  # proposals that are not worth a server
 
 Attempt = Callable[[dict[str, Any], Bench, Callable[[int, float], None]], dict[str, Any]]
@@ -46,8 +47,7 @@ class Search:
             storage=JournalStorage(JournalFileBackend(str(folder / "journal.log"))),
             study_name="tune",
             direction="maximize",
-            sampler=optuna.samplers.TPESampler(seed=1, n_startup_trials=FIRST_TRIALS),
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=FIRST_TRIALS),
+            sampler=optuna.samplers.TPESampler(seed=1),
             load_if_exists=True,
         )
         self._check_same(folder, json.loads(json.dumps({**about, "deployment": raw})))
@@ -55,7 +55,6 @@ class Search:
             self._study.tell(trial.number, state=TrialState.FAIL)  # tune itself ended in the middle of it
         if not self._study.get_trials(deepcopy=False):
             self._study.enqueue_trial(self.start)
-            self._study.enqueue_trial(self._defaults(deployment))
 
     def _check_same(self, folder: Path, about: Any) -> None:
         known = self._study.user_attrs.get("about")
@@ -66,25 +65,17 @@ class Search:
                 f"--output {folder}: holds trials of another deployment, scenario, load or goal; choose another folder"
             )
 
-    def _defaults(self, deployment: Deployment) -> dict[str, Any]:
-        """Of the schema, where a knob's section has them."""
-        plain = {"limits", "kv_cache", "scheduling", "fronts", "precision"}
-        defaults = {}
-        for knob in self.knobs:
-            section, _, key = knob.key.partition(".")
-            if section in plain:
-                default = type(getattr(deployment, section)).model_fields[key].default
-                defaults[knob.key] = default if default in knob.values else self.start[knob.key]
-            else:
-                defaults[knob.key] = self.start[knob.key]
-        return defaults
-
     def run(
         self, bench: Bench, clock: Clock, reserve: Callable[[], float], limit: int | None, told: Told, attempt: Attempt
     ) -> None:
-        """Trials until only `reserve` seconds are left, `limit` were made, or nothing new is proposed."""
+        """Trials until only `reserve` seconds are left, `limit` were made, or nothing new is proposed.
+
+        The start is first. Then each knob is turned once, on top of what has helped so far: where a server takes
+        minutes to start, that tells most. From there on the optimiser proposes.
+        """
         done = repeated = 0
         while clock.left > reserve() and (limit is None or done < limit) and repeated < REPEATED_PROPOSALS:
+            self._enqueue_step()
             trial = self._study.ask()
             values = {knob.key: trial.suggest_categorical(knob.key, knob.values) for knob in self.knobs}
             if (same := self._tried(values)) is not None:
@@ -101,11 +92,34 @@ class Search:
             self._attempt(trial, values, bench, attempt)
             told(self.record(self._study.trials[trial.number]))
 
+    def _enqueue_step(self) -> None:
+        """Unless something is enqueued already, or every step was made."""
+        trials = self._study.get_trials(deepcopy=False)
+        if trials[-1].state == TrialState.WAITING:
+            return
+        made = sum("step" in trial.user_attrs for trial in trials)
+        steps = [(knob.key, wanted) for knob in self.knobs for wanted in knob.steps(self.start[knob.key])]
+        if made < len(steps):
+            key, wanted = steps[made]
+            self._study.enqueue_trial({**self._base(), key: wanted}, user_attrs={"step": made})
+
+    def _base(self) -> dict[str, Any]:
+        """The start, with the steps that made more of a difference than noise does."""
+        base, score = self.start, 0.0
+        for trial in self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+            if (trial.value or 0.0) >= WORTH * score:
+                base, score = trial.params, trial.value or 0.0
+        return base
+
     def _attempt(self, trial: optuna.Trial, values: dict[str, Any], bench: Bench, attempt: Attempt) -> None:
+        best = self.best()
+
         def checkpoint(step: int, rate: float) -> None:
             trial.report(rate, step)
-            if trial.should_prune():
-                raise GivenUpError(f"{rate:.0f} tokens/s so far, less than the median of the trials before it")
+            if best is not None and rate < LAGGING * (good := _good_rate(best, step)):
+                raise GivenUpError(
+                    f"{rate:.0f} tokens/s so far, good or not; trial {best.number} had {good:.0f} good ones by then"
+                )
 
         try:
             run = attempt(override(self.raw, values), bench, checkpoint)
@@ -146,14 +160,14 @@ class Search:
 
     def record(self, trial: FrozenTrial) -> dict[str, Any]:
         """A trial as the JSON has it."""
-        changed = {key: wanted for key, wanted in trial.params.items() if wanted != self.start[key]}
+        changed = changes(self.start, trial.params)
         states = {TrialState.COMPLETE: "measured", TrialState.PRUNED: "given up", TrialState.FAIL: "broken"}
         seconds = trial.duration.total_seconds() if trial.duration else None
         return {
             "trial": trial.number,
             "state": states.get(trial.state, "not run"),
             "changed": changed,
-            "score": trial.value,
+            "score": trial.value if trial.state == TrialState.COMPLETE else None,
             "seconds": None if seconds is None else round(seconds, 1),
             **{key: trial.user_attrs[key] for key in ("why", "figures") if key in trial.user_attrs},
         }
@@ -162,3 +176,13 @@ class Search:
         """Of all trials that were run."""
         ran = [trial for trial in self._study.trials if trial.state.is_finished()]
         return [self.record(trial) for trial in ran if trial.user_attrs.get("why") not in (TRIED, CONTRADICTORY)]
+
+
+def _good_rate(best: FrozenTrial, step: int) -> float:
+    """Tokens/s of a trial at a checkpoint, in good answers alone if there is an objective."""
+    good = best.user_attrs["figures"]["good_percent"]
+    return float(best.intermediate_values.get(step, 0.0)) * (1.0 if good is None else good / 100)
+
+
+def changes(start: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    return {key: wanted for key, wanted in found.items() if wanted != start[key]}

@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from roundhouse.bench import repeats
-from roundhouse.tune.search import Attempt
+from roundhouse.tune.search import WORTH, Attempt, changes
 from roundhouse.tune.space import override
 from roundhouse.tune.trials import Bench, BrokenError, Clock
 
-WORTH = 1.03  # a setting that brings less than 3 % stays as it was: that much is noise
 Values = dict[str, Any]
 
 
@@ -38,10 +37,6 @@ class Effect:
 
 def _said(value: Any) -> str:
     return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def changes(start: Values, found: Values) -> Values:
-    return {key: wanted for key, wanted in found.items() if wanted != start[key]}
 
 
 def settle(

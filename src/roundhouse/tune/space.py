@@ -30,26 +30,35 @@ class Knob:
     key: str
     values: tuple[Any, ...]
 
+    def steps(self, now: Any) -> list[Any]:
+        """Half of the way from one of the values to the first of them and to the last, where there is a way."""
+        at, last = self.values.index(now), len(self.values) - 1
+        down = at - max(1, at // 2)
+        up = at + max(1, (last - at) // 2)
+        return [self.values[index] for index in (up, down) if 0 <= index <= last]
+
 
 def knobs(deployment: Deployment) -> list[Knob]:
-    """The knobs of this deployment's engine. The value that it has now is always among a knob's values."""
-    found = [
-        Knob("kv_cache.reuse", (True, False)),
-        Knob("scheduling.chunked_prefill", (True, False)),
-        Knob("fronts.responses_per_second", (250, 500, 1000, 2000, 4000)),
-        *_ENGINES[deployment.engine.kind],
-    ]
-    if deployment.engine.kind != "tensorrt_llm":  # a compiled engine has them fixed; each value would need a build
+    """The knobs of this deployment's engine, those first that tend to matter most.
+
+    The value that the deployment has now is always among a knob's values.
+    """
+    found: list[Knob] = []
+    compiled = deployment.engine.kind == "tensorrt_llm"  # it has its limits fixed; each value would need a build
+    if not compiled:
         found += [
             Knob("limits.max_batch_size", (4, 8, 16, 32, 64, 128, 256)),
             Knob("limits.max_num_tokens", (256, 512, 1024, 2048, 4096, 8192)),
-            Knob("kv_cache.tokens_per_block", (16, 32, 64)),
         ]
-    cores = os.cpu_count() or 1
-    if cores >= 4:
-        found += [Knob("fronts.tensorrt_llm", (1, 2, 4)), Knob("fronts.preprocessing", (1, 2, 4))]
+    found += _ENGINES[deployment.engine.kind]
     if deployment.speculative is not None:
         found.append(Knob("speculative.draft_tokens", (2, 3, 5, 8)))
+    found += [Knob("kv_cache.reuse", (True, False)), Knob("scheduling.chunked_prefill", (True, False))]
+    if not compiled:
+        found.append(Knob("kv_cache.tokens_per_block", (16, 32, 64)))
+    found.append(Knob("fronts.responses_per_second", (250, 500, 1000, 2000, 4000)))
+    if (os.cpu_count() or 1) >= 4:
+        found += [Knob("fronts.tensorrt_llm", (1, 2, 4)), Knob("fronts.preprocessing", (1, 2, 4))]
     return [_with_current(knob, value(deployment, knob.key)) for knob in found]
 
 
@@ -69,7 +78,12 @@ _ENGINES: dict[str, tuple[Knob, ...]] = {
 
 
 def _with_current(knob: Knob, now: Any) -> Knob:
-    return knob if now in knob.values else Knob(knob.key, (now, *knob.values))
+    if now in knob.values:
+        return knob
+    below = 0
+    if isinstance(now, int | float):
+        below = sum(known is None or known < now for known in knob.values)
+    return Knob(knob.key, (*knob.values[:below], now, *knob.values[below:]))
 
 
 def value(deployment: Deployment, key: str) -> Any:

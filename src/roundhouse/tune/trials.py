@@ -101,6 +101,7 @@ def figures(run: dict[str, Any]) -> dict[str, float | None]:
     """What the record keeps of a run."""
     return {
         "goodput": run["goodput"],
+        "good_percent": run["good_percent"],
         "tokens_per_second": run["output_tokens_per_second"],
         "tokens_per_second_per_user": run["tokens_per_second_per_user"].get("p50"),
         "ttft_p95_ms": run["ttft_ms"].get("p95"),
