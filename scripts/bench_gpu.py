@@ -502,7 +502,9 @@ def started(
         print(f"--- the end of {log}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-25:]), flush=True)
         raise
     finally:
-        family = [process, *process.children(recursive=True)]
+        family = [process]
+        with suppress(psutil.Error):  # it may have ended by itself
+            family += process.children(recursive=True)
         server.terminate()
         _, alive = psutil.wait_procs(family, timeout=15)
         for one in alive:
