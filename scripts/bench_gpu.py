@@ -14,8 +14,8 @@ one of the next, so that they share the GPU and the minutes:
     scripts/bench_gpu.py --side-by-side --memory-fraction 0.3 --targets roundhouse,vllm-4,vllm-rust --streams 64,256
 
 ROUNDHOUSE_ENGINE_PYTHON names the interpreter that has vLLM (default: this one). Writes
-docs/benchmarks/gpu-PRECISION.json (what was not asked for keeps its figures); scripts/gpu_report.py makes plots and a
-page of them, also on another machine.
+docs/benchmarks/gpu-PRECISION.json, or gpu-PRECISION-side-by-side.json; what was not asked for keeps its figures there.
+scripts/gpu_report.py makes plots and a page of the former, also on another machine.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,7 @@ CLIENTS = 8  # processes
 VOCABULARY, SPECIAL = 128256, 256
 LONGEST_START, LONGEST_ENDING = 8, 4  # characters of what an entry of the vocabulary is merged from
 OURS = {"tensorrt_llm_bls": "grpc", "ensemble": "grpc", "openai": "sse"}  # what one server offers -> kind of client
+TARGETS = r"raw|roundhouse|vllm-(\d+|rust)"
 PERCENTILES = (50, 95, 99)
 ROUNDS = {1: 4, 64: 6, 256: 4, 1 << 20: 2}  # streams, at most -> requests of each
 LOAD_SECONDS = 120  # a load that takes longer has failed
@@ -547,17 +549,23 @@ def main() -> None:
     args.models = args.models.split(",")
     if unknown := set(args.models) - OURS.keys():
         parser.error(f"--models: unknown {', '.join(sorted(unknown))} (known: {', '.join(OURS)})")
+    names = args.targets.split(",")
+    if unknown := {name for name in names if not re.fullmatch(TARGETS, name)}:
+        parser.error(
+            f"--targets: unknown {', '.join(sorted(unknown))} (known: raw, vllm-1, vllm-4, ..., vllm-rust, roundhouse)"
+        )
+    if args.side_by_side and "raw" in names:
+        parser.error("--targets: raw has no server, so it has no place in --side-by-side; leave it out")
     if not (args.model / "tokenizer_config.json").exists():
         print(f"making the model folder {args.model}", flush=True)
         make_model(args.model)
     prompts = make_prompts(args.model, 4096, 1)
-    path = args.output / f"gpu-{args.precision}.json"
+    path = args.output / f"gpu-{args.precision}{'-side-by-side' if args.side_by_side else ''}.json"
     result = json.loads(path.read_text()) if path.exists() else {"targets": {}, "commands": []}
     shown = {"prompt_tokens": PROMPT, "answer_tokens": ANSWER, "clients": CLIENTS, "fronts": FRONTS, **SETTINGS}
     shown["memory_fraction"] = args.memory_fraction
     result |= {"precision": args.precision, "hardware": hardware(), "versions": versions(), "settings": shown}
     result["commands"].append(" ".join(sys.argv))
-    names = args.targets.split(",")
     for group in [names] if args.side_by_side else [[name] for name in names]:
         try:
             measured = target_raw(args.model, args) if group == ["raw"] else servers(group, prompts, args)

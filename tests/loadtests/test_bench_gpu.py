@@ -48,3 +48,20 @@ def test_what_is_served_is_loaded_in_turn(
         # no stream gets more than 200 tokens a second
         assert 100 < point["tokens_per_second"] < 4 * 200
         assert point["ttft_ms"]["p50"] < point["end_to_end_ms"]["p50"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--targets", "roundhouse,vlm-4"], "--targets: unknown vlm-4"),
+        (["--targets", "raw,roundhouse", "--side-by-side"], "raw has no server"),
+        (["--models", "ensembel"], "--models: unknown ensembel"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_starts(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench_gpu.py", *options])
+    with pytest.raises(SystemExit, match="2"):
+        bench_gpu.main()
+    assert said in capsys.readouterr().err
