@@ -27,6 +27,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,7 @@ TARGETS = r"raw|roundhouse|vllm-(\d+|rust)"
 PERCENTILES = (50, 95, 99)
 ROUNDS = {1: 4, 64: 6, 256: 4, 1 << 20: 2}  # streams, at most -> requests of each
 LOAD_SECONDS = 120  # a load that takes longer has failed
+START_SECONDS = 400  # vLLM's first start on a machine, which compiles
 SETTINGS = {"max_batch_size": 512, "max_seq_len": 2048, "max_num_tokens": 8192}
 FRONTS = {"preprocessing": 4, "tensorrt_llm": 4, "tensorrt_llm_bls": 4}
 
@@ -351,11 +353,13 @@ def rounds(streams: int) -> int:
     return next(count for limit, count in ROUNDS.items() if streams <= limit)
 
 
-def measure(served: Sequence[Served], prompts: Prompts, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+Measured = Iterator[tuple[str, int, dict[str, Any]]]  # target, streams, its figures
+
+
+def measure(served: Sequence[Served], prompts: Prompts, args: argparse.Namespace) -> Measured:
     """All numbers of streams on all that is served; run by run in turn, so that all of them meet the same minutes."""
     for one in served:
         run_load(one, 8, 2, prompts)  # the first requests compile and fill caches
-    points: dict[str, dict[str, Any]] = {one.name: {} for one in served}
     for streams in args.streams:
         runs: dict[str, list[Run]] = {one.name: [] for one in served}
         for _ in range(args.repeats):
@@ -365,9 +369,8 @@ def measure(served: Sequence[Served], prompts: Prompts, args: argparse.Namespace
             point = figures([run.answers for run in its])
             point["server_cores"] = round(sum(run.server for run in its) / point["seconds"], 2)
             point["client_cores"] = round(sum(run.client for run in its) / point["seconds"], 2)
-            points[name][str(streams)] = point
             tell(name, streams, point)
-    return points
+            yield name, streams, point
 
 
 def tell(name: str, streams: int, point: dict[str, Any]) -> None:
@@ -378,7 +381,7 @@ def tell(name: str, streams: int, point: dict[str, Any]) -> None:
 # --- targets -----------------------------------------------------------------------------------------------
 
 
-def target_raw(model: Path, args: argparse.Namespace) -> dict[str, Any]:
+def target_raw(model: Path, args: argparse.Namespace) -> Measured:
     """vLLM's engine core in a process of its own: token ids in, token ids out."""
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "deployment.yaml", Path(folder) / "raw.json"
@@ -386,7 +389,8 @@ def target_raw(model: Path, args: argparse.Namespace) -> dict[str, Any]:
         streams = ",".join(map(str, args.streams))
         command = [ENGINE_PYTHON, __file__, "--step-engine", str(path), streams, str(args.repeats), str(out)]
         subprocess.run(command, check=True)
-        return {"raw": json.loads(out.read_text())}
+        for streams, point in json.loads(out.read_text()).items():
+            yield "raw", int(streams), point
 
 
 def step_engine(path: str, streams: str, repeats: str, out: str) -> None:
@@ -460,7 +464,7 @@ def roundhouse_server(model: Path, args: argparse.Namespace) -> Iterator[list[Se
             yield [Served(name, OURS[name], f"127.0.0.1:{ports[OURS[name]]}", process) for name in args.models]
 
 
-def servers(names: Sequence[str], prompts: Prompts, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def servers(names: Sequence[str], prompts: Prompts, args: argparse.Namespace) -> Measured:
     """These servers at the same time."""
     with ExitStack() as stack:
         served: list[Served] = []
@@ -468,7 +472,7 @@ def servers(names: Sequence[str], prompts: Prompts, args: argparse.Namespace) ->
             ours = name == "roundhouse"
             server = roundhouse_server(args.model, args) if ours else vllm_server(args.model, args, name)
             served += stack.enter_context(server)
-        return measure(served, prompts, args)
+        yield from measure(served, prompts, args)
 
 
 def deployment(model: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -498,7 +502,7 @@ def started(
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     process = psutil.Process(server.pid)
     try:
-        wait_ready(url, server, seconds=240)
+        wait_ready(url, server, seconds=START_SECONDS)
         yield process
     except (Exception, SystemExit):
         print(f"--- the end of {log}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-25:]), flush=True)
@@ -556,6 +560,7 @@ def main() -> None:
         )
     if args.side_by_side and "raw" in names:
         parser.error("--targets: raw has no server, so it has no place in --side-by-side; leave it out")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # its servers end with it
     if not (args.model / "tokenizer_config.json").exists():
         print(f"making the model folder {args.model}", flush=True)
         make_model(args.model)
@@ -567,14 +572,13 @@ def main() -> None:
     result |= {"precision": args.precision, "hardware": hardware(), "versions": versions(), "settings": shown}
     result["commands"].append(" ".join(sys.argv))
     for group in [names] if args.side_by_side else [[name] for name in names]:
+        measured = target_raw(args.model, args) if group == ["raw"] else servers(group, prompts, args)
         try:
-            measured = target_raw(args.model, args) if group == ["raw"] else servers(group, prompts, args)
+            for target, streams, point in measured:
+                result["targets"].setdefault(target, {})[str(streams)] = point
+                path.write_text(json.dumps(result, indent=1) + "\n")
         except (Exception, SystemExit) as error:  # one target's failure costs no other its figures
             print(f"{', '.join(group)} failed: {error!r}", flush=True)
-            continue
-        for target, points in measured.items():
-            result["targets"].setdefault(target, {}).update(points)
-        path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {path}; scripts/gpu_report.py draws the plots and writes the page")
 
 

@@ -39,10 +39,9 @@ def test_what_is_served_is_loaded_in_turn(
     served: list[bench_gpu.Served], prompts: bench_gpu.Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_gpu, "ROUNDS", {64: 1})
-    points = bench_gpu.measure(served, prompts, Namespace(streams=[4], repeats=2))
-    assert set(points) == {"tensorrt_llm_bls", "ensemble"}
-    for name in points:
-        point = points[name]["4"]
+    measured = list(bench_gpu.measure(served, prompts, Namespace(streams=[4], repeats=2)))
+    assert [(name, streams) for name, streams, _ in measured] == [("tensorrt_llm_bls", 4), ("ensemble", 4)]
+    for _, _, point in measured:
         assert len(point["runs"]) == 2
         assert point["answers"] == 2 * 4
         # no stream gets more than 200 tokens a second
