@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Draw the plots of scripts/bench_gpu.py and write its page, docs/benchmarks/gpu.md, from its JSON files.
 
+Servers that were measured side by side have files and tables of their own.
+
 scripts/gpu_report.py
 """
 
@@ -23,26 +25,29 @@ TARGETS = {
 }
 INTRODUCTION = """# Streaming at the speed of the engine, on an H200
 
-<!-- written by scripts/gpu_report.py from gpu-bf16.json and gpu-fp8.json -->
+<!-- written by scripts/gpu_report.py from gpu-*.json -->
 
-One NVIDIA H200 and 16 cores for each run. Llama-3-8B shape with random weights, a tokenizer of 128,256 entries, prompts
-of 512 tokens and answers of 256, sampled at temperature 1, streaming. Closed loop: all streams start at once, and each
-sends its next request when it has its answer. Eight client processes on the same machine. The engine is vLLM's in every
-row, with the same settings: in a loop of its own (raw), behind Triton and our fronts, behind our OpenAI-compatible
-door, behind its own servers.
+One NVIDIA H200 and 16 cores for each run, also where the host has more of them. Llama-3-8B shape with random weights, a
+tokenizer of 128,256 entries, prompts of 512 tokens and answers of 256, sampled at temperature 1, streaming. Closed
+loop: all streams start at once, and each sends its next request when it has its answer. Eight client processes on the
+same machine. The engine is vLLM's in every row, with the same settings: in a loop of its own (raw), behind Triton and
+our fronts, behind our OpenAI-compatible door, behind its own servers.
 
 tokens/s: all tokens, from the first request to the last chunk. TTFT: from sending to the first chunk. TPOT: (last -
 first chunk) / 255. ITL: between neighbouring chunks, which may carry several tokens.
 
-A row is two runs of its load counted together (`runs` in the JSON files), but for `vllm serve` with 1 API server and,
-with FP8, its Rust front end: one run each, of another day. With bfloat16 the Rust front end had the other GPU of the
-host. With FP8 at 64 streams the raw engine and the Rust front end have three runs on one host, and what goes through
-Triton four on another, all of a later day. The same target gave up to 3 % more or less on another day; within a day,
-1 %, with one exception: one of the two runs of `ensemble` at 256 streams with FP8 was 9 % slower than the other.
+Side by side: all servers of a table are up at once on one GPU, each with a share of its memory that its load fits into,
+and a run of one is followed by one of the next. That is the comparison with `vllm serve`. With bfloat16 there was time
+for one run of 64 and 256 streams, and for the Rust front end alone.
 
-In all these runs each client process began as soon as it had imported what it needs, which takes longest with Triton's
-client: so rates through Triton are low by what its eight processes were apart, and the clients' cores hold their
-imports. Since then they start together (`scripts/bench_gpu.py`); the rows have not been measured again.
+In the other tables a row is two runs of its load counted together, but for `vllm serve` with 1 API server and, with
+FP8, its Rust front end: one run each, of another day. With bfloat16 the Rust front end had the other GPU of the host.
+With FP8 at 64 streams the raw engine and the Rust front end have three runs on one host, and what goes through Triton
+four on another, all of a later day. The same target gave up to 3 % more or less on another day; within a day, 1 %, with
+one exception: one of the two runs of `ensemble` at 256 streams with FP8 was 9 % slower than the other. In these runs
+each client process began as soon as it had imported what it needs, which takes longest with Triton's client: so rates
+through Triton are low by what its eight processes were apart, and the clients' cores hold their imports. Side by side
+they start together.
 
 TTFT with 256 streams comes in whole prefill steps (0.2 s in bfloat16, 0.12 s in FP8). Streams end in groups, a decode
 step apart. The groups that end before the first of their next requests has come in wait for each other's prefills: two
@@ -50,24 +55,40 @@ in the loop without a server, one more for each decode step (15 and 11 ms) that 
 """
 
 
-def read(precision: str, folder: Path = BENCHMARKS) -> dict[str, Any]:
-    return json.loads((folder / f"gpu-{precision}.json").read_text(encoding="utf-8"))
+def read(name: str, folder: Path = BENCHMARKS) -> dict[str, Any]:
+    """The figures of a precision, or of `PRECISION-side-by-side`."""
+    return json.loads((folder / f"gpu-{name}.json").read_text(encoding="utf-8"))
 
 
 def quantiles(point: dict[str, Any], name: str, digits: int = 0) -> str:
     return " / ".join(f"{point[name][p]:,.{digits}f}" for p in ("p50", "p95", "p99"))
 
 
+def head(title: str, streams: list[str]) -> list[str]:
+    cells = [title, *(f"{count} stream{'s' * (count != '1')}" for count in streams)]
+    return [f"| {' | '.join(cells)} |", "|---|" + "---|" * len(streams)]
+
+
 def summary(folder: Path = BENCHMARKS) -> list[str]:
     """The rows of the README: tokens/s with FP8, by streams."""
     targets = read("fp8", folder)["targets"]
     streams = sorted(targets["raw"], key=int)
-    rows = ["| tokens/s, FP8 | " + " | ".join(f"{count} stream{'s' * (count != '1')}" for count in streams) + " |"]
-    rows.append("|---|" + "---|" * len(streams))
+    rows = head("tokens/s, FP8", streams)
     for name, title in TARGETS.items():
         if name in targets:
             cells = [f"{targets[name][count]['tokens_per_second']:,.0f}" for count in streams]
             rows.append(f"| {title} | {' | '.join(cells)} |")
+    return rows
+
+
+def comparison(folder: Path = BENCHMARKS) -> list[str]:
+    """The rows of the README: tokens/s with FP8, of those of the best `vllm serve` on the same GPU."""
+    targets = read("fp8-side-by-side", folder)["targets"]
+    streams = sorted(targets["vllm-rust"], key=int)
+    rows = head("of the best `vllm serve`, FP8", streams)
+    for name in ("tensorrt_llm_bls", "ensemble", "vllm-4"):
+        shares = [targets[name][count]["tokens_per_second"] / best_vllm(targets, count) for count in streams]
+        rows.append(f"| {TARGETS[name]} | {' | '.join(f'{100 * share:.1f} %' for share in shares)} |")
     return rows
 
 
@@ -103,10 +124,48 @@ def section(result: dict[str, Any]) -> str:
                 cores,
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines + origin(result)) + "\n"
+
+
+def side_by_side(result: dict[str, Any]) -> str:
+    """The table of the servers that shared one GPU: each against the best `vllm serve` of its row's streams."""
+    targets = {name: result["targets"][name] for name in TARGETS if name in result["targets"]}
+    lines = [
+        f"## {PRECISIONS[result['precision']]}, side by side",
+        "",
+        "| streams | | tokens/s | its runs | of the best `vllm serve` | TTFT p50 / p95 / p99, ms | TPOT, ms "
+        "| end to end, ms | cores: server, client |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for count in sorted({key for points in targets.values() for key in points}, key=int):
+        for name, points in targets.items():
+            point = points[count]
+            cells = [
+                count,
+                TARGETS[name],
+                f"{point['tokens_per_second']:,.0f}",
+                ", ".join(f"{run:,.0f}" for run in point["runs"]),
+                f"{100 * point['tokens_per_second'] / best_vllm(targets, count):.1f} %",
+                quantiles(point, "ttft_ms"),
+                quantiles(point, "tpot_ms", 2),
+                quantiles(point, "end_to_end_ms"),
+                f"{point['server_cores']}, {point['client_cores']}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines + origin(result)) + "\n"
+
+
+def best_vllm(targets: dict[str, Any], streams: str) -> float:
+    """tokens/s of the fastest `vllm serve`."""
+    return max(points[streams]["tokens_per_second"] for name, points in targets.items() if name.startswith("vllm-"))
+
+
+def origin(result: dict[str, Any]) -> list[str]:
+    """Hardware, versions, settings and commands, as lines of the page."""
     hardware, settings = result["hardware"], result["settings"]
     shown = ", ".join(f"{key} {value}" for key, value in settings.items() if not isinstance(value, dict))
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines += [
+    return [
         "",
         f"{hardware['gpu'].splitlines()[0]}; {hardware['cpu']}; Python {hardware['python']}; {versions}; Triton 2.51.",
         f"Settings: {shown}; fronts: {settings['fronts']}. Commands:",
@@ -115,11 +174,14 @@ def section(result: dict[str, Any]) -> str:
         *result["commands"],
         "```",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def page(folder: Path = BENCHMARKS) -> str:
-    return "\n".join([INTRODUCTION, *(section(read(precision, folder)) for precision in PRECISIONS)])
+    tables = [table(read(precision + kind, folder)) for precision in PRECISIONS for kind, table in KINDS.items()]
+    return "\n".join([INTRODUCTION, *tables])
+
+
+KINDS = {"-side-by-side": side_by_side, "": section}  # how a file's name ends -> its table
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -83,6 +83,19 @@ def test_nothing_is_said_twice() -> None:
 
 def test_the_gpu_figures_are_the_measured_ones() -> None:
     assert "\n".join(gpu_report.summary()) in README
+    assert "\n".join(gpu_report.comparison()) in README
+    targets = gpu_report.read("fp8-side-by-side")["targets"]
+    ours, rust, four = (targets[name] for name in ("tensorrt_llm_bls", "vllm-rust", "vllm-4"))
+    for count in ours:
+        assert rust[count]["tokens_per_second"] == gpu_report.best_vllm(targets, count)
+    least = min(ours[count]["tokens_per_second"] / gpu_report.best_vllm(targets, count) for count in ours)
+    assert f"misses the second by up to {100 - 100 * least:.1f} %." in README
+    later = [ours["1"]["ttft_ms"]["p50"] - other["1"]["ttft_ms"]["p50"] for other in (rust, four)]
+    told = " ".join(README.split())
+    said = (
+        "first token, {:.0f} ms later than through the Rust front end and {:.0f} ms later than through four API servers"
+    )
+    assert said.format(*later) in told
     at_256 = {name: points["256"] for name, points in gpu_report.read("fp8")["targets"].items()}
     ensemble, fused = (round(at_256[name]["chunks_per_answer"]) for name in ("ensemble", "tensorrt_llm_bls"))
     assert f"it sends {ensemble} an answer, `tensorrt_llm_bls` {fused}." in README
