@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from roundhouse import deployment as deployments
-from roundhouse.bench.scenario import Closed
+from roundhouse.bench.scenario import Closed, Poisson
 from roundhouse.deployment import Deployment
 from roundhouse.tune import report, settle, space
 from roundhouse.tune.search import OtherStudyError, Search
@@ -29,7 +29,7 @@ POOR = {
     "limits": {"max_batch_size": 4, "max_seq_len": 1024},
     "kv_cache": {"reuse": False},
 }
-BENCH = Bench(Closed(kind="closed", streams=16), [], None, "tokens", 1, 0, 1, "ensemble")
+BENCH = Bench(Closed(kind="closed", streams=256), [], None, "tokens", 1, 0, 1, "ensemble")
 
 
 def parsed(raw: dict[str, Any]) -> Deployment:
@@ -56,7 +56,7 @@ def modelled(raw: dict[str, Any], bench: Bench, checkpoint: Callable[[int, float
 
 def search(folder: Path, raw: dict[str, Any] | None = None) -> Search:
     deployment = parsed(raw or POOR)
-    return Search(folder, raw or POOR, deployment, space.knobs(deployment), {"level": "16 streams"})
+    return Search(folder, raw or POOR, deployment, space.knobs(deployment, BENCH.level), {"level": "256 streams"})
 
 
 def run(one: Search, limit: int, try_: Any = modelled) -> list[dict[str, Any]]:
@@ -113,7 +113,7 @@ def test_it_keeps_as_much_time_as_its_trials_have_shown_to_take(tmp_path: Path) 
 
 def test_what_does_not_matter_stays_as_it_was() -> None:
     deployment = parsed(POOR)
-    start = {knob.key: space.value(deployment, knob.key) for knob in space.knobs(deployment)}
+    start = {knob.key: space.value(deployment, knob.key) for knob in space.knobs(deployment, BENCH.level)}
     found = {**start, "limits.max_batch_size": 64, "kv_cache.reuse": True, "kv_cache.tokens_per_block": 64}
     told: list[settle.Effect] = []
     kept, effects = settle.settle(POOR, start, found, 9600, BENCH, Clock(5), 0, modelled, told.append)
@@ -178,11 +178,28 @@ def written(raw: dict[str, Any], key: str) -> Any:
         return str(error) if "unknown key" in str(error) else "contradicts other keys"
 
 
+@pytest.mark.parametrize(
+    ("now", "streams", "left"),
+    [
+        (4, 16, (4, 8, 16)),
+        (256, 8, (4, 256)),
+        (256, 256, (4, 8, 16, 32, 64, 128, 256)),
+        (48, 1000, (4, 8, 16, 32, 48, 64, 128, 256)),
+        (6, 1, (6,)),
+    ],
+)
+def test_batches_that_hold_all_streams_are_tried_once(now: int, streams: int, left: tuple[int, ...]) -> None:
+    """Each trial of a large engine takes minutes, and those would all be the same."""
+    deployment = parsed(space.override(POOR, {"limits.max_batch_size": now}))
+    batch, *_ = space.knobs(deployment, Closed(kind="closed", streams=streams))
+    assert (batch.key, batch.values) == ("limits.max_batch_size", left)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "deployments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_value_of_a_knob_can_be_written(path: Path) -> None:
     deployment = deployments.load(path)
     raw = space.read(path)
-    for knob in space.knobs(deployment):
+    for knob in space.knobs(deployment, Poisson(kind="poisson", requests_per_second=1)):
         assert space.value(deployment, knob.key) in knob.values
         for wanted in knob.values:
             roomy = {"limits.max_num_tokens": 8192, knob.key: wanted}

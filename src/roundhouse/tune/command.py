@@ -31,7 +31,7 @@ from roundhouse.tune.settle import Effect
 from roundhouse.tune.trials import Bench, Clock, Goal, attempt
 
 SERVER_SECONDS = 12.0  # to start and stop a server, if no trial has told yet
-SETTLING_TRIALS = 5  # settings that are looked at one by one after the search
+SETTLING_TRIALS = 5  # settings, at most, for which there is time to look at them one by one after the search
 SEARCH_SHARE = 0.4  # of the time, at least
 
 
@@ -96,7 +96,7 @@ class Tuning:
             "warm_up": asked.warm_up,
         }
         self.raw = space.read(asked.deployment)
-        self.search = Search(self.folder, self.raw, deployment, space.knobs(deployment), about)
+        self.search = Search(self.folder, self.raw, deployment, space.knobs(deployment, self.bench.level), about)
         self._best = 0.0
 
     def _bench(self, deployment: Deployment, chosen: Scenario) -> Bench:
@@ -139,7 +139,7 @@ class Tuning:
 
     def _reserve(self) -> float:
         """Seconds that are kept for what follows the search. Trials tell how long their servers take to start."""
-        settling = SETTLING_TRIALS * self._trial_seconds()
+        settling = (1 + min(self.search.gained(), SETTLING_TRIALS)) * self._trial_seconds()
         return min(self._confirming() + settling, (1 - SEARCH_SHARE) * self.clock.seconds)
 
     def _told(self, record: dict[str, Any]) -> None:

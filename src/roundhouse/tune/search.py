@@ -150,6 +150,11 @@ class Search:
         complete = self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
         return max(complete, key=lambda trial: trial.value or 0.0, default=None)
 
+    def gained(self) -> int:
+        """How many settings of the best trial are not those of the start."""
+        best = self.best()
+        return 0 if best is None else len(changes(self.start, best.params))
+
     def trial_seconds(self) -> float | None:
         """What a measured trial takes, in the median; None before there was one."""
         complete = self._study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])

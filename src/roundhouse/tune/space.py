@@ -13,9 +13,11 @@ import yaml
 
 from roundhouse import deployment as deployments
 from roundhouse import plan as planning
+from roundhouse.bench.scenario import Closed, Level
 from roundhouse.deployment import Deployment
 
 PATHS = ("model.path", "model.tokenizer", "engine.path", "speculative.draft_model", "speculative.draft_engine")
+BATCHES = (4, 8, 16, 32, 64, 128, 256)
 MEMORY_SHARE = 0.7  # of the memory that is free, for the KV cache of an engine without a GPU
 
 
@@ -38,16 +40,17 @@ class Knob:
         return [self.values[index] for index in (up, down) if 0 <= index <= last]
 
 
-def knobs(deployment: Deployment) -> list[Knob]:
+def knobs(deployment: Deployment, level: Level) -> list[Knob]:
     """The knobs of this deployment's engine, those first that tend to matter most.
 
-    The value that the deployment has now is always among a knob's values.
+    The value that the deployment has now is always among a knob's values. Values that are the same as another under
+    this load are left out.
     """
     found: list[Knob] = []
     compiled = deployment.engine.kind == "tensorrt_llm"  # it has its limits fixed; each value would need a build
     if not compiled:
         found += [
-            Knob("limits.max_batch_size", (4, 8, 16, 32, 64, 128, 256)),
+            Knob("limits.max_batch_size", _batches(deployment.limits.max_batch_size, level)),
             Knob("limits.max_num_tokens", (256, 512, 1024, 2048, 4096, 8192)),
         ]
     found += _ENGINES[deployment.engine.kind]
@@ -60,6 +63,14 @@ def knobs(deployment: Deployment) -> list[Knob]:
     if (os.cpu_count() or 1) >= 4:
         found += [Knob("fronts.tensorrt_llm", (1, 2, 4)), Knob("fronts.preprocessing", (1, 2, 4))]
     return [_with_current(knob, value(deployment, knob.key)) for knob in found]
+
+
+def _batches(now: int, level: Level) -> tuple[int, ...]:
+    """Of the batches that hold all streams of a closed loop, one: what it has now, or the smallest."""
+    if not isinstance(level, Closed):
+        return BATCHES
+    whole = [batch for batch in (now, *BATCHES) if batch >= level.streams]
+    return tuple(batch for batch in BATCHES if batch < level.streams) + tuple(whole[:1])
 
 
 _ENGINES: dict[str, tuple[Knob, ...]] = {
