@@ -55,7 +55,7 @@ LONGEST_START, LONGEST_ENDING = 8, 4  # characters of what an entry of the vocab
 OURS = {"tensorrt_llm_bls": "grpc", "ensemble": "grpc", "openai": "sse"}  # what one server offers -> kind of client
 TARGETS = r"raw|roundhouse|vllm-(\d+|rust)"
 PERCENTILES = (50, 95, 99)
-ROUNDS = {1: 4, 64: 6, 256: 4, 1 << 20: 2}  # streams, at most -> requests of each
+ROUNDS = {1: 12, 64: 6, 256: 4, 1 << 20: 2}  # streams, at most -> requests of each
 LOAD_SECONDS = 120  # a load that takes longer has failed
 START_SECONDS = 400  # vLLM's first start on a machine, which compiles
 SETTINGS = {"max_batch_size": 512, "max_seq_len": 2048, "max_num_tokens": 8192}
@@ -362,8 +362,8 @@ def measure(served: Sequence[Served], prompts: Prompts, args: argparse.Namespace
         run_load(one, 8, 2, prompts)  # the first requests compile and fill caches
     for streams in args.streams:
         runs: dict[str, list[Run]] = {one.name: [] for one in served}
-        for _ in range(args.repeats):
-            for one in served:
+        for turn in range(args.repeats):
+            for one in served if turn % 2 == 0 else reversed(served):  # none always comes after the same other
                 runs[one.name].append(run_load(one, streams, rounds(streams), prompts))
         for name, its in runs.items():
             point = figures([run.answers for run in its])
