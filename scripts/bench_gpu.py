@@ -59,7 +59,7 @@ ROUNDS = {1: 12, 64: 6, 256: 4, 1 << 20: 2}  # streams, at most -> requests of e
 LOAD_SECONDS = 120  # a load that takes longer has failed
 START_SECONDS = 400  # vLLM's first start on a machine, which compiles
 SETTINGS = {"max_batch_size": 512, "max_seq_len": 2048, "max_num_tokens": 8192}
-FRONTS = {"preprocessing": 4, "tensorrt_llm": 4, "tensorrt_llm_bls": 4}
+FRONTS = ("preprocessing", "tensorrt_llm", "tensorrt_llm_bls")
 
 
 # --- the model: a real shape and a real tokenizer, random weights -----------------------------------------
@@ -487,7 +487,7 @@ def deployment(model: Path, args: argparse.Namespace) -> dict[str, Any]:
         },
         "kv_cache": {"tokens_per_block": 16},
         "scheduling": {"policy": "max_utilization"},
-        "fronts": {**FRONTS, "responses_per_second": args.responses_per_second},
+        "fronts": {**dict.fromkeys(FRONTS, args.fronts), "responses_per_second": args.responses_per_second},
         "openai": {"workers": 4, "models": ["openai"], "access_log": False},
     }
 
@@ -542,6 +542,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(OURS), help="what of `roundhouse` is measured")
     parser.add_argument("--streams", default="1,64,256,512")
     parser.add_argument("--repeats", type=int, default=1, help="of each load; their answers count together")
+    parser.add_argument("--fronts", type=int, default=4, help="instances of each model in front of the engine")
     parser.add_argument("--responses-per-second", type=int, default=4000, help="pace of each front")
     parser.add_argument("--side-by-side", action="store_true", help="all servers at once, loaded in turn; without raw")
     parser.add_argument("--memory-fraction", type=float, default=0.9, help="of the GPU, for each server")
@@ -567,7 +568,8 @@ def main() -> None:
     prompts = make_prompts(args.model, 4096, 1)
     path = args.output / f"gpu-{args.precision}{'-side-by-side' if args.side_by_side else ''}.json"
     result = json.loads(path.read_text()) if path.exists() else {"targets": {}, "commands": []}
-    shown = {"prompt_tokens": PROMPT, "answer_tokens": ANSWER, "clients": CLIENTS, "fronts": FRONTS, **SETTINGS}
+    shown = {"prompt_tokens": PROMPT, "answer_tokens": ANSWER, "clients": CLIENTS, **SETTINGS}
+    shown["fronts"] = dict.fromkeys(FRONTS, args.fronts)
     shown["memory_fraction"] = args.memory_fraction
     result |= {"precision": args.precision, "hardware": hardware(), "versions": versions(), "settings": shown}
     result["commands"].append(" ".join(sys.argv))
