@@ -15,7 +15,7 @@ one of the next, so that they share the GPU and the minutes:
 
 ROUNDHOUSE_ENGINE_PYTHON names the interpreter that has vLLM (default: this one). Writes
 docs/benchmarks/gpu-PRECISION.json, or gpu-PRECISION-side-by-side.json; what was not asked for keeps its figures there.
-scripts/gpu_report.py makes plots and a page of the former, also on another machine.
+scripts/gpu_report.py makes plots and a page of both, also on another machine.
 """
 
 from __future__ import annotations
@@ -389,8 +389,8 @@ def target_raw(model: Path, args: argparse.Namespace) -> Measured:
         streams = ",".join(map(str, args.streams))
         command = [ENGINE_PYTHON, __file__, "--step-engine", str(path), streams, str(args.repeats), str(out)]
         subprocess.run(command, check=True)
-        for streams, point in json.loads(out.read_text()).items():
-            yield "raw", int(streams), point
+        for count, point in json.loads(out.read_text()).items():
+            yield "raw", int(count), point
 
 
 def step_engine(path: str, streams: str, repeats: str, out: str) -> None:

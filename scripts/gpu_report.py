@@ -38,7 +38,8 @@ first chunk) / 255. ITL: between neighbouring chunks, which may carry several to
 
 Side by side: all servers of a table are up at once on one GPU, each with a share of its memory that its load fits into,
 and a run of one is followed by one of the next. That is the comparison with `vllm serve`. With bfloat16 there was time
-for one run of 64 and 256 streams, and for the Rust front end alone.
+for one run of 64 and 256 streams, and for the Rust front end alone. A run of one stream is four answers in all tables;
+`scripts/bench_gpu.py` takes twelve now.
 
 In the other tables a row is two runs of its load counted together, but for `vllm serve` with 1 API server and, with
 FP8, its Rust front end: one run each, of another day. With bfloat16 the Rust front end had the other GPU of the host.

@@ -101,6 +101,31 @@ def test_the_gpu_figures_are_the_measured_ones() -> None:
     assert f"it sends {ensemble} an answer, `tensorrt_llm_bls` {fused}." in README
 
 
+def test_the_fused_model_keeps_to_98_percent_of_the_raw_engine() -> None:
+    """As the README says, at every point."""
+    for precision in gpu_report.PRECISIONS:
+        targets = gpu_report.read(precision)["targets"]
+        for streams, raw in targets["raw"].items():
+            fused = targets["tensorrt_llm_bls"][streams]["tokens_per_second"]
+            assert fused >= 0.98 * raw["tokens_per_second"], f"{precision}, {streams} streams"
+
+
+def test_the_tuning_on_the_h200_is_the_measured_one() -> None:
+    folder = ROOT / "docs/benchmarks/tune-h200"
+    told = (folder / "README.md").read_text(encoding="utf-8")
+    trials = json.loads((folder / "trials.json").read_text())["trials"]
+    assert len(trials) == 5
+    assert "five trials at 256 streams, no gain" in README
+    for trial in trials:
+        figures = trial["figures"]
+        goodput = f"{figures['goodput']:.2f}" if figures["goodput"] else "0"
+        cells = [goodput, f"{figures['tokens_per_second']:,.0f}", f"{figures['ttft_p95_ms']:,.0f}"]
+        assert f"| {' | '.join(cells)} | {figures['tpot_p95_ms']:.1f} |" in told
+    seconds = sorted(trial["seconds"] for trial in trials)
+    assert f"{seconds[0]:.0f} to {seconds[-1]:.0f} s each" in told
+    assert "limits.max_num_tokens: 8192 -> 2048: brings less than 3 % (0.98 x)" in (folder / "tune.txt").read_text()
+
+
 def test_the_figures_of_the_openai_door_are_the_measured_ones() -> None:
     told = (ROOT / "docs/openai.md").read_text(encoding="utf-8")
     median = json.loads((ROOT / "docs/benchmarks/openai.json").read_text())["256 streams"]["median"]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import bench_gpu
 import psutil
@@ -64,3 +68,22 @@ def test_what_cannot_be_measured_is_said_before_anything_starts(
     with pytest.raises(SystemExit, match="2"):
         bench_gpu.main()
     assert said in capsys.readouterr().err
+
+
+def test_what_was_measured_is_kept_when_the_rest_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device time may end in the middle of a group of servers."""
+
+    def servers(names: Any, prompts: Any, args: Any) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        yield "ensemble", 4, {"tokens_per_second": 7.0}
+        raise RuntimeError("the server has ended")
+
+    (tmp_path / "tokenizer_config.json").touch()
+    for name, given in {"servers": servers, "make_prompts": lambda *_: None, "versions": dict}.items():
+        monkeypatch.setattr(bench_gpu, name, given)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    options = ["--side-by-side", "--targets", "roundhouse", "--model", str(tmp_path), "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["bench_gpu.py", *options])
+    bench_gpu.main()
+    written = json.loads((tmp_path / "gpu-fp8-side-by-side.json").read_text())
+    assert written["targets"] == {"ensemble": {"4": {"tokens_per_second": 7.0}}}
+    assert written["settings"]["fronts"] == {"preprocessing": 4, "tensorrt_llm": 4, "tensorrt_llm_bls": 4}

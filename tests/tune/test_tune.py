@@ -67,12 +67,14 @@ def run(one: Search, limit: int, try_: Any = modelled) -> list[dict[str, Any]]:
 
 def test_it_finds_what_is_fast(tmp_path: Path) -> None:
     one = search(tmp_path)
+    assert one.gained() == 0
     told = run(one, 40)
     best = one.best()
     assert best is not None
     assert told[0]["changed"] == {}, "the start is measured first"
     assert best.params["limits.max_batch_size"] == 64
     assert best.params["kv_cache.reuse"] is True
+    assert one.gained() == len([key for key in best.params if best.params[key] != one.start[key]]) >= 2
     states = {record["state"] for record in told}
     assert states == {"measured", "given up", "broken"}
     assert all(record["why"] == "out of memory" for record in told if record["state"] == "broken")
