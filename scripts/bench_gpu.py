@@ -163,15 +163,17 @@ def make_prompts(model: Path, count: int, seed: int) -> Prompts:
 
 @dataclass
 class Answer:
-    """When a request was sent, and when each chunk with text or tokens came."""
+    """When a request was sent, and when each chunk with text or tokens came. `server`: its own times, by tensor."""
 
     sent: float
     times: list[float] = field(default_factory=list)
+    server: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Load:
-    """One client process's part of a load. `kind`: grpc (a Triton model) or sse (an OpenAI completions server)."""
+    """One client process's part of a load. `kind`: grpc (a Triton model) or sse (an OpenAI completions server).
+    `timed`: ask for the server's own times too; grpc only."""
 
     kind: str
     address: str
@@ -180,6 +182,7 @@ class Load:
     rounds: int
     opener: str
     bodies: list[str]
+    timed: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,13 +204,13 @@ class Run:
     server: float
 
 
-def run_load(served: Served, streams: int, rounds: int, prompts: Prompts) -> Run:
+def run_load(served: Served, streams: int, rounds: int, prompts: Prompts, *, timed: bool = False) -> Run:
     """A closed loop. Uses up one opener."""
     clients = min(CLIENTS, streams)
     opener = prompts.openers.pop()
     shares = [streams // clients + (index < streams % clients) for index in range(clients)]
     loads = [
-        Load(served.kind, served.address, served.name, share, rounds, opener, prompts.bodies[index::clients])
+        Load(served.kind, served.address, served.name, share, rounds, opener, prompts.bodies[index::clients], timed)
         for index, share in enumerate(shares)
     ]
     before = cpu_seconds(served.process)
@@ -260,13 +263,16 @@ async def grpc_sender(load: Load) -> Any:
     def message(text: str) -> Any:
         request = service_pb2.ModelInferRequest(model_name=load.model)
         data = text.encode()
-        for name, datatype, raw in (
+        inputs = [
             ("text_input", "BYTES", len(data).to_bytes(4, "little") + data),
             ("max_tokens", "INT32", ANSWER.to_bytes(4, "little")),
             ("stream", "BOOL", b"\1"),
             ("end_id", "INT32", (1 << 20).to_bytes(4, "little")),
             ("temperature", "FP32", np.float32(1).tobytes()),
-        ):
+        ]
+        if load.timed:
+            inputs.append(("return_perf_metrics", "BOOL", b"\1"))
+        for name, datatype, raw in inputs:
             request.inputs.add(name=name, datatype=datatype, shape=[1, 1])
             request.raw_input_contents.append(raw)
         return request
@@ -277,6 +283,11 @@ async def grpc_sender(load: Load) -> Any:
             if response.error_message:
                 raise RuntimeError(response.error_message)
             answer.times.append(time.monotonic())
+        if load.timed:
+            given = response.infer_response
+            for output, raw in zip(given.outputs, given.raw_output_contents, strict=True):
+                if output.name.endswith("_time_ns"):
+                    answer.server[output.name] = int.from_bytes(raw, "little") / 1e9
 
     return send
 
@@ -338,6 +349,17 @@ def figures(runs: list[list[Answer]]) -> dict[str, Any]:
     return result
 
 
+def first_token_parts(answers: Sequence[Answer]) -> dict[str, float]:
+    """Where the time to a first token goes, ms in the median: on the way to the front that has the request, from there
+    until the engine has scheduled it (`tensorrt_llm_bls` tokenises here, the ensemble before), in the engine, on the
+    way to the client. All processes read one clock."""
+    marks = ("arrival_time_ns", "first_scheduled_time_ns", "first_token_time_ns")
+    times = np.array([[a.sent, *(a.server[mark] for mark in marks), a.times[0]] for a in answers])
+    parts = 1e3 * np.median(np.diff(times), axis=0)
+    names = ("to_front", "to_engine", "in_engine", "to_client")
+    return {name: round(float(part), 2) for name, part in zip(names, parts, strict=True)}
+
+
 def cpu_seconds(process: psutil.Process) -> dict[int, float]:
     """CPU time of each process of a tree, by process id."""
     spent = {}
@@ -365,8 +387,15 @@ def measure(served: Sequence[Served], prompts: Prompts, args: argparse.Namespace
         for turn in range(args.repeats):
             for one in served if turn % 2 == 0 else reversed(served):  # none always comes after the same other
                 runs[one.name].append(run_load(one, streams, rounds(streams), prompts))
+        timed = {
+            one.name: first_token_parts(run_load(one, 1, rounds(1), prompts, timed=True).answers)
+            for one in served
+            if streams == 1 and one.kind == "grpc"
+        }
         for name, its in runs.items():
             point = figures([run.answers for run in its])
+            if name in timed:
+                point["first_token_ms"] = timed[name]
             point["server_cores"] = round(sum(run.server for run in its) / point["seconds"], 2)
             point["client_cores"] = round(sum(run.client for run in its) / point["seconds"], 2)
             tell(name, streams, point)
@@ -374,7 +403,7 @@ def measure(served: Sequence[Served], prompts: Prompts, args: argparse.Namespace
 
 
 def tell(name: str, streams: int, point: dict[str, Any]) -> None:
-    shown = {key: value if not isinstance(value, dict) else value["p50"] for key, value in point.items()}
+    shown = {key: value.get("p50", value) if isinstance(value, dict) else value for key, value in point.items()}
     print(f"{time.strftime('%H:%M:%S')} {name} {streams}: {shown}", flush=True)
 
 
@@ -570,13 +599,13 @@ def main() -> None:
     result = json.loads(path.read_text()) if path.exists() else {"targets": {}, "commands": []}
     shown = {"prompt_tokens": PROMPT, "answer_tokens": ANSWER, "clients": CLIENTS, **SETTINGS}
     shown["fronts"] = dict.fromkeys(FRONTS, args.fronts)
-    shown["memory_fraction"] = args.memory_fraction
     result |= {"precision": args.precision, "hardware": hardware(), "versions": versions(), "settings": shown}
     result["commands"].append(" ".join(sys.argv))
     for group in [names] if args.side_by_side else [[name] for name in names]:
         measured = target_raw(args.model, args) if group == ["raw"] else servers(group, prompts, args)
         try:
             for target, streams, point in measured:
+                point["memory_fraction"] = args.memory_fraction
                 result["targets"].setdefault(target, {})[str(streams)] = point
                 path.write_text(json.dumps(result, indent=1) + "\n")
         except (Exception, SystemExit) as error:  # one target's failure costs no other its figures

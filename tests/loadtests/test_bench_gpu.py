@@ -53,6 +53,21 @@ def test_what_is_served_is_loaded_in_turn(
         assert point["ttft_ms"]["p50"] < point["end_to_end_ms"]["p50"]
 
 
+def test_the_time_to_a_first_token_is_told_by_its_parts(
+    served: list[bench_gpu.Served], prompts: bench_gpu.Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one stream, where nobody waits for anybody."""
+    monkeypatch.setattr(bench_gpu, "ROUNDS", {1: 3, 64: 1})
+    measured = list(bench_gpu.measure(served, prompts, Namespace(streams=[1, 2], repeats=1)))
+    alone = {name: point for name, streams, point in measured if streams == 1}
+    for point in alone.values():
+        parts = point["first_token_ms"]
+        assert set(parts) == {"to_front", "to_engine", "in_engine", "to_client"}
+        assert min(parts.values()) > 0
+        assert sum(parts.values()) < 3 * point["ttft_ms"]["p95"]  # of other answers
+    assert all("first_token_ms" not in point for _, streams, point in measured if streams == 2)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -85,5 +100,5 @@ def test_what_was_measured_is_kept_when_the_rest_fails(tmp_path: Path, monkeypat
     monkeypatch.setattr("sys.argv", ["bench_gpu.py", *options])
     bench_gpu.main()
     written = json.loads((tmp_path / "gpu-fp8-side-by-side.json").read_text())
-    assert written["targets"] == {"ensemble": {"4": {"tokens_per_second": 7.0}}}
+    assert written["targets"] == {"ensemble": {"4": {"tokens_per_second": 7.0, "memory_fraction": 0.9}}}
     assert written["settings"]["fronts"] == {"preprocessing": 4, "tensorrt_llm": 4, "tensorrt_llm_bls": 4}

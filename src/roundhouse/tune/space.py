@@ -82,8 +82,8 @@ _ENGINES: dict[str, tuple[Knob, ...]] = {
     ),
     "vllm": (
         Knob("precision.kv_cache", ("auto", "fp8")),
-        Knob("engine.memory_fraction", (0.8, 0.9, 0.94)),
         Knob("engine.ngram.draft_tokens", (None, 3, 5)),
+        Knob("engine.memory_fraction", (0.8, 0.9, 0.94)),
     ),
 }
 
