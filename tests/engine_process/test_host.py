@@ -172,6 +172,28 @@ def test_nonsense_ends_its_own_request_only(peer: Peer, engine: ScriptedEngine, 
     assert len(engine.cancelled) == 1
 
 
+def test_requests_are_taken_in_while_a_step_waits(peer: Peer, engine: ScriptedEngine) -> None:
+    """And cancelled, too."""
+    seen: list[set[tuple[int, ...]]] = []  # prompts that were live within one step
+
+    def script(live: dict[int, Request]) -> list[Output]:
+        if not seen:
+            peer.connection.send(Submit([request(2, prompt=(2,)), request(3, prompt=(3,))]))
+            peer.connection.send(Cancel([2]))
+            seen.append(set())
+            deadline = time.monotonic() + 5
+            while not engine.cancelled and time.monotonic() < deadline:
+                engine.meanwhile()
+                seen[0] |= {one.prompt for one in live.values()}
+        return well(live)
+
+    engine.script = script
+    peer.connection.send(Submit([request(1, prompt=(1,))]))
+    assert peer.ends(1, 3).keys() == {1, 3}
+    assert {(1,), (3,)} <= seen[0]
+    assert len(engine.cancelled) == 1
+
+
 def test_unknown_ids_and_a_second_end_reach_nobody(peer: Peer, engine: ScriptedEngine) -> None:
     engine.script = lambda live: [Output(10**6, [1]), *well(live), *well(live), Output(10**6, [], None)]
     peer.connection.send(Submit([request(1), request(2)]))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from roundhouse.engine.base import Engine, EngineError, RequestError
-from roundhouse.engine.protocol import ErrorCode, Feature, Guide
+from roundhouse.engine.protocol import ErrorCode, Feature, FinishReason, Guide
 from tests.engines import vllm_engines
 from tests.engines.conftest import prompt, request, run, run_one
 
@@ -58,6 +58,50 @@ def test_adapters_are_chosen_by_request(random_model: Path, tmp_path: Path) -> N
         plain.submit(request(5, lora_id=3))
     engine.close()
     plain.close()
+
+
+class Countdown:
+    """An event that has happened when it was asked for often enough."""
+
+    def __init__(self, queries: int) -> None:
+        self.left = queries
+
+    def query(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_requests_come_and_go_while_a_step_is_computed(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU vLLM does not wait for its steps; here it seems to."""
+    from roundhouse.engine.vllm.attended import Attended
+
+    engine = load(random_model)
+    wanted = {id: run_one(engine, request(id, prompt=prompt(id), max_tokens=20)).tokens for id in (1, 2)}
+    executor = engine._core.model_executor  # type: ignore[attr-defined]
+    execute = executor.execute_model
+
+    def execute_model(scheduled: Any, non_block: bool = False) -> Any:
+        return Attended(execute(scheduled, non_block=non_block), Countdown(2), lambda: engine.meanwhile())
+
+    monkeypatch.setattr(executor, "execute_model", execute_model)
+    calls = 0
+
+    def meanwhile() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            engine.submit(request(2, prompt=prompt(2), max_tokens=20))
+        if calls == 9:
+            engine.cancel(3)
+
+    engine.meanwhile = meanwhile
+    answers = run(engine, request(1, prompt=prompt(1), max_tokens=20), request(3, prompt=prompt(3), max_tokens=200))
+    engine.meanwhile = Engine.meanwhile
+    assert calls > 40  # twice a step
+    assert {id: answers[id].tokens for id in wanted} == wanted
+    assert answers[3].last.finish_reason is FinishReason.CANCELLED
+    assert 1 <= len(answers[3].tokens) <= 5
+    engine.close()
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])

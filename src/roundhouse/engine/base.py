@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from roundhouse.engine.protocol import EngineInfo, Error, ErrorCode, Output, Request, Stats
 
@@ -24,13 +25,16 @@ class EngineError(Exception):
 
 
 class Engine(ABC):
-    """A batching LLM engine, driven by one thread: submit and cancel between steps, then step.
+    """A batching LLM engine, driven by one thread: submit and cancel between steps, or in `meanwhile`, then step.
 
     The constructor loads the model; it raises EngineError if the deployment asks for what the engine cannot do.
     Request ids are unique among live requests (the engine process sees to that).
     """
 
     info: EngineInfo
+    meanwhile: Callable[[], None] = staticmethod(lambda: None)
+    """What a `step` that waits for another processor calls until that is done: it may submit and cancel, and returns
+    at once. Set by whoever drives the engine."""
 
     @abstractmethod
     def submit(self, request: Request) -> None:

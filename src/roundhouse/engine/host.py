@@ -2,8 +2,9 @@
 
     python -m roundhouse.engine.host --deployment FILE --folder FOLDER --server-pid PID
 
-Between engine steps it takes the fronts' messages; after each step every front gets one message with what its streams
-gained. It ends with the server. A front that dies, or that does not read, loses its requests and nobody else's.
+Between engine steps, and while an engine waits for its GPU, it takes the fronts' messages; after each step every front
+gets one message with what its streams gained. It ends with the server. A front that dies, or that does not read, loses
+its requests and nobody else's.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ class Host:
     ) -> None:
         """`responses_per_second`: what one front can send."""
         self._engine = engine
+        engine.meanwhile = self._read
         self._responses_per_second = responses_per_second
         self._path = folder / runtime.SOCKET
         self._socket = bind(self._path)

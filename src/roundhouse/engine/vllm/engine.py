@@ -36,6 +36,7 @@ from roundhouse.engine.protocol import (
     Stats,
 )
 from roundhouse.engine.vllm import cpu
+from roundhouse.engine.vllm.attended import attend
 from roundhouse.engine.vllm.config import VllmConfig, engine_arguments
 from roundhouse.engine.vllm.sampling import sampling_params
 
@@ -104,6 +105,7 @@ class VllmEngine(Engine):
             raise
         except Exception as error:  # vLLM raises many kinds
             raise EngineError(f"vLLM {vllm.__version__} cannot load {config.model}: {error}") from error
+        attend(self._core.model_executor, lambda: self.meanwhile())
         quantization = settings.model_config.quantization
         if config.int4_awq and "awq" not in (quantization or ""):
             raise EngineError(f"precision.weights: int4_awq, but the quantisation of {config.model} is {quantization}")
@@ -220,8 +222,11 @@ class VllmEngine(Engine):
         return outputs
 
     def _settle(self) -> None:
-        """Take in the steps that are still under way when the last request has ended, so that its blocks come free."""
-        while self._core.batch_queue or self._core.scheduler.has_requests():
+        """Take in the steps that are still under way when the last request has ended, so that its blocks come free.
+
+        Unless another comes meanwhile.
+        """
+        while not self._live and (self._core.batch_queue or self._core.scheduler.has_requests()):
             _, executed = self._core.step_fn()
             self._core.post_step(executed)
 
