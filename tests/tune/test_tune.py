@@ -197,6 +197,14 @@ def test_batches_that_hold_all_streams_are_tried_once(now: int, streams: int, le
     assert (batch.key, batch.values) == ("limits.max_batch_size", left)
 
 
+@pytest.mark.parametrize(("streams", "first"), [(32, True), (64, True), (65, False)])
+def test_speculation_comes_first_where_streams_are_few(streams: int, first: bool) -> None:
+    """There it gives two to three times as much; a search that has time for few trials must not end before it."""
+    deployment = deployments.load(ROOT / "deployments/llama-3-8b-h200-vllm.yaml")
+    keys = [knob.key for knob in space.knobs(deployment, Closed(kind="closed", streams=streams))]
+    assert keys.index("engine.ngram.draft_tokens") == (0 if first else keys.index("engine.memory_fraction") + 1)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "deployments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_value_of_a_knob_can_be_written(path: Path) -> None:
     deployment = deployments.load(path)

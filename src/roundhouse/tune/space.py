@@ -18,6 +18,7 @@ from roundhouse.deployment import Deployment
 
 PATHS = ("model.path", "model.tokenizer", "engine.path", "speculative.draft_model", "speculative.draft_engine")
 BATCHES = (4, 8, 16, 32, 64, 128, 256)
+FEW_STREAMS = 64  # up to here speculation tends to matter more than anything else
 MEMORY_SHARE = 0.7  # of the memory that is free, for the KV cache of an engine without a GPU
 
 
@@ -54,8 +55,11 @@ def knobs(deployment: Deployment, level: Level) -> list[Knob]:
             Knob("limits.max_num_tokens", (256, 512, 1024, 2048, 4096, 8192)),
         ]
     found += _ENGINES[deployment.engine.kind]
+    speculation = list(_SPECULATION.get(deployment.engine.kind, ()))
     if deployment.speculative is not None:
-        found.append(Knob("speculative.draft_tokens", (2, 3, 5, 8)))
+        speculation.append(Knob("speculative.draft_tokens", (2, 3, 5, 8)))
+    few = isinstance(level, Closed) and level.streams <= FEW_STREAMS
+    found = [*speculation, *found] if few else [*found, *speculation]
     found += [Knob("kv_cache.reuse", (True, False)), Knob("scheduling.chunked_prefill", (True, False))]
     if not compiled:
         found.append(Knob("kv_cache.tokens_per_block", (16, 32, 64)))
@@ -73,6 +77,7 @@ def _batches(now: int, level: Level) -> tuple[int, ...]:
     return tuple(batch for batch in BATCHES if batch < level.streams) + tuple(whole[:1])
 
 
+_SPECULATION: dict[str, tuple[Knob, ...]] = {"vllm": (Knob("engine.ngram.draft_tokens", (None, 3, 5)),)}
 _ENGINES: dict[str, tuple[Knob, ...]] = {
     "synthetic": (),
     "transformers": (Knob("precision.kv_cache", ("auto", "bfloat16")),),
@@ -82,7 +87,6 @@ _ENGINES: dict[str, tuple[Knob, ...]] = {
     ),
     "vllm": (
         Knob("precision.kv_cache", ("auto", "fp8")),
-        Knob("engine.ngram.draft_tokens", (None, 3, 5)),
         Knob("engine.memory_fraction", (0.8, 0.9, 0.94)),
     ),
 }
