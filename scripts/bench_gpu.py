@@ -13,6 +13,8 @@ one of the next, so that they share the GPU and the minutes:
 
     scripts/bench_gpu.py --side-by-side --memory-fraction 0.3 --targets roundhouse,vllm-4,vllm-rust --streams 64,256
 
+and one of ours for each of --responses-per-second 4000,1000.
+
 ROUNDHOUSE_ENGINE_PYTHON names the interpreter that has vLLM (default: this one). Writes
 docs/benchmarks/gpu-PRECISION.json, or gpu-PRECISION-side-by-side.json; what was not asked for keeps its figures there.
 scripts/gpu_report.py makes plots and a page of both, also on another machine.
@@ -57,6 +59,7 @@ TARGETS = r"raw|roundhouse|vllm-(\d+|rust)"
 PERCENTILES = (50, 95, 99)
 ROUNDS = {1: 12, 64: 6, 256: 4, 1 << 20: 2}  # streams, at most -> requests of each
 LOAD_SECONDS = 120  # a load that takes longer has failed
+MEMORY_TOGETHER = 0.94  # of the GPU; with 0.96 for three servers one of them ran out of memory
 START_SECONDS = 400  # vLLM's first start on a machine, which compiles
 SETTINGS = {"max_batch_size": 512, "max_seq_len": 2048, "max_num_tokens": 8192}
 FRONTS = ("preprocessing", "tensorrt_llm", "tensorrt_llm_bls")
@@ -187,9 +190,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Served:
-    """Something to measure. `name`: also that of the model. `kind`: see Load. `process`: the server's."""
+    """Something to measure. `model`, `kind`: see Load. `process`: the server's."""
 
     name: str
+    model: str
     kind: str
     address: str
     process: psutil.Process
@@ -210,7 +214,7 @@ def run_load(served: Served, streams: int, rounds: int, prompts: Prompts, *, tim
     opener = prompts.openers.pop()
     shares = [streams // clients + (index < streams % clients) for index in range(clients)]
     loads = [
-        Load(served.kind, served.address, served.name, share, rounds, opener, prompts.bodies[index::clients], timed)
+        Load(served.kind, served.address, served.model, share, rounds, opener, prompts.bodies[index::clients], timed)
         for index, share in enumerate(shares)
     ]
     before = cpu_seconds(served.process)
@@ -414,7 +418,7 @@ def target_raw(model: Path, args: argparse.Namespace) -> Measured:
     """vLLM's engine core in a process of its own: token ids in, token ids out."""
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "deployment.yaml", Path(folder) / "raw.json"
-        path.write_text(yaml.safe_dump(deployment(model, args)))
+        path.write_text(yaml.safe_dump(deployment(model, args, args.responses_per_second[0])))
         streams = ",".join(map(str, args.streams))
         command = [ENGINE_PYTHON, __file__, "--step-engine", str(path), streams, str(args.repeats), str(out)]
         subprocess.run(command, check=True)
@@ -429,6 +433,7 @@ def step_engine(path: str, streams: str, repeats: str, out: str) -> None:
     from roundhouse.engine.protocol import Request, Sampling
 
     engine = load_engine(deployments.load(path))
+    submitting: list[float] = []  # seconds of each request
     chance = np.random.default_rng(5)
 
     def closed_loop(streams: int, rounds: int) -> list[Answer]:
@@ -440,7 +445,10 @@ def step_engine(path: str, streams: str, repeats: str, out: str) -> None:
             answers.append(Answer(time.monotonic()))
             prompt = tuple(chance.integers(0, VOCABULARY - SPECIAL, PROMPT).tolist())
             live[len(answers)] = stream
-            engine.submit(Request(id=len(answers), prompt=prompt, max_tokens=ANSWER, sampling=Sampling()))
+            request = Request(id=len(answers), prompt=prompt, max_tokens=ANSWER, sampling=Sampling())
+            begun = time.perf_counter()
+            engine.submit(request)
+            submitting.append(time.perf_counter() - begun)
 
         live: dict[int, int] = {}  # request -> stream
         for stream in range(streams):
@@ -455,7 +463,11 @@ def step_engine(path: str, streams: str, repeats: str, out: str) -> None:
     closed_loop(8, 2)
     points = {}
     for count in map(int, streams.split(",")):
+        submitting.clear()
         points[str(count)] = figures([closed_loop(count, rounds(count)) for _ in range(int(repeats))])
+        points[str(count)]["submit_ms"] = {
+            f"p{p}": round(1e3 * float(np.percentile(submitting, p)), 3) for p in PERCENTILES
+        }
         tell("raw", count, points[str(count)])
     Path(out).write_text(json.dumps(points))
     engine.close()
@@ -477,20 +489,24 @@ def vllm_server(model: Path, args: argparse.Namespace, name: str) -> Iterator[li
     else:
         command += ["--api-server-count", name.removeprefix("vllm-"), "--disable-uvicorn-access-log"]
     with started(command, f"http://127.0.0.1:{port}/health", args.logs / f"{name}.log", environment) as process:
-        yield [Served(name, "sse", f"127.0.0.1:{port}", process)]
+        yield [Served(name, name, "sse", f"127.0.0.1:{port}", process)]
 
 
 @contextmanager
-def roundhouse_server(model: Path, args: argparse.Namespace) -> Iterator[list[Served]]:
+def roundhouse_server(model: Path, args: argparse.Namespace, pace: int) -> Iterator[list[Served]]:
+    """`pace`: responses a second of each front; told in the names unless it is the first of args."""
+    mark = "" if pace == args.responses_per_second[0] else f"@{pace}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "deployment.yaml"
-        path.write_text(yaml.safe_dump(deployment(model, args)))
+        path.write_text(yaml.safe_dump(deployment(model, args, pace)))
         http, grpc, metrics, openai = free_ports(4)
         command = [sys.executable, "-m", "roundhouse.cli", "serve", str(path), "--http-port", str(http)]
         command += ["--grpc-port", str(grpc), "--metrics-port", str(metrics), "--openai-port", str(openai)]
-        with started(command, f"http://127.0.0.1:{openai}/ready", args.logs / "roundhouse.log") as process:
+        with started(command, f"http://127.0.0.1:{openai}/ready", args.logs / f"roundhouse{mark}.log") as process:
             ports = {"grpc": grpc, "sse": openai}
-            yield [Served(name, OURS[name], f"127.0.0.1:{ports[OURS[name]]}", process) for name in args.models]
+            yield [
+                Served(name + mark, name, OURS[name], f"127.0.0.1:{ports[OURS[name]]}", process) for name in args.models
+            ]
 
 
 def servers(names: Sequence[str], prompts: Prompts, args: argparse.Namespace) -> Measured:
@@ -498,13 +514,15 @@ def servers(names: Sequence[str], prompts: Prompts, args: argparse.Namespace) ->
     with ExitStack() as stack:
         served: list[Served] = []
         for name in names:
-            ours = name == "roundhouse"
-            server = roundhouse_server(args.model, args) if ours else vllm_server(args.model, args, name)
-            served += stack.enter_context(server)
+            if name == "roundhouse":
+                for pace in args.responses_per_second:
+                    served += stack.enter_context(roundhouse_server(args.model, args, pace))
+            else:
+                served += stack.enter_context(vllm_server(args.model, args, name))
         yield from measure(served, prompts, args)
 
 
-def deployment(model: Path, args: argparse.Namespace) -> dict[str, Any]:
+def deployment(model: Path, args: argparse.Namespace, pace: int) -> dict[str, Any]:
     fp8 = args.precision == "fp8"
     return {
         "model": {"path": str(model)},
@@ -516,7 +534,7 @@ def deployment(model: Path, args: argparse.Namespace) -> dict[str, Any]:
         },
         "kv_cache": {"tokens_per_block": 16},
         "scheduling": {"policy": "max_utilization"},
-        "fronts": {**dict.fromkeys(FRONTS, args.fronts), "responses_per_second": args.responses_per_second},
+        "fronts": {**dict.fromkeys(FRONTS, args.fronts), "responses_per_second": pace},
         "openai": {"workers": 4, "models": ["openai"], "access_log": False},
     }
 
@@ -572,7 +590,7 @@ def main() -> None:
     parser.add_argument("--streams", default="1,64,256,512")
     parser.add_argument("--repeats", type=int, default=1, help="of each load; their answers count together")
     parser.add_argument("--fronts", type=int, default=4, help="instances of each model in front of the engine")
-    parser.add_argument("--responses-per-second", type=int, default=4000, help="pace of each front")
+    parser.add_argument("--responses-per-second", default="4000", help="pace of each front; more: a server for each")
     parser.add_argument("--side-by-side", action="store_true", help="all servers at once, loaded in turn; without raw")
     parser.add_argument("--memory-fraction", type=float, default=0.9, help="of the GPU, for each server")
     parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "roundhouse-llama-3-8b-shape")
@@ -581,6 +599,7 @@ def main() -> None:
     args = parser.parse_args()
     args.streams = [int(text) for text in args.streams.split(",")]
     args.models = args.models.split(",")
+    args.responses_per_second = [int(text) for text in args.responses_per_second.split(",")]
     if unknown := set(args.models) - OURS.keys():
         parser.error(f"--models: unknown {', '.join(sorted(unknown))} (known: {', '.join(OURS)})")
     names = args.targets.split(",")
@@ -590,6 +609,15 @@ def main() -> None:
         )
     if args.side_by_side and "raw" in names:
         parser.error("--targets: raw has no server, so it has no place in --side-by-side; leave it out")
+    paces = len(args.responses_per_second)
+    if paces > 1 and not args.side_by_side:
+        parser.error("--responses-per-second: several are for --side-by-side")
+    together = len(names) + (paces - 1) * ("roundhouse" in names) if args.side_by_side else 1
+    if together * args.memory_fraction > MEMORY_TOGETHER:
+        parser.error(
+            f"--memory-fraction {args.memory_fraction}: {together} servers at once may have {MEMORY_TOGETHER} of the "
+            "GPU together; what vLLM does not count, contexts and graphs, takes the rest"
+        )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # its servers end with it
     if not (args.model / "tokenizer_config.json").exists():
         print(f"making the model folder {args.model}", flush=True)

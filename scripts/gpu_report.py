@@ -37,9 +37,9 @@ tokens/s: all tokens, from the first request to the last chunk. TTFT: from sendi
 first chunk) / 255. ITL: between neighbouring chunks, which may carry several tokens.
 
 Side by side: all servers of a table are up at once on one GPU, each with a share of its memory that its load fits into,
-and a run of one is followed by one of the next. That is the comparison with `vllm serve`. With bfloat16 there was time
-for one run of 64 and 256 streams, and for the Rust front end alone. A run of one stream is four answers in all tables;
-`scripts/bench_gpu.py` takes twelve now.
+and a run of one is followed by one of the next. That is the comparison with `vllm serve`. With bfloat16, 64 and 256
+streams are one run, and 512 two, beside the Rust front end alone; a run of one stream is twelve answers there, four in
+all other tables.
 
 In the other tables a row is two runs of its load counted together, but for `vllm serve` with 1 API server and, with
 FP8, its Rust front end: one run each, of another day. With bfloat16 the Rust front end had the other GPU of the host.
@@ -61,12 +61,25 @@ def read(name: str, folder: Path = BENCHMARKS) -> dict[str, Any]:
     return json.loads((folder / f"gpu-{name}.json").read_text(encoding="utf-8"))
 
 
+def title(name: str) -> str:
+    base, _, pace = name.partition("@")
+    return TARGETS[base] + (f", {pace} responses a second and front" if pace else "")
+
+
+def ordered(targets: dict[str, Any]) -> dict[str, Any]:
+    """The targets as the tables have them."""
+    order = list(TARGETS)
+    return {
+        name: targets[name] for name in sorted(targets, key=lambda name: (order.index(name.partition("@")[0]), name))
+    }
+
+
 def quantiles(point: dict[str, Any], name: str, digits: int = 0) -> str:
     return " / ".join(f"{point[name][p]:,.{digits}f}" for p in ("p50", "p95", "p99"))
 
 
-def head(title: str, streams: list[str]) -> list[str]:
-    cells = [title, *(f"{count} stream{'s' * (count != '1')}" for count in streams)]
+def head(first: str, streams: list[str]) -> list[str]:
+    cells = [first, *(f"{count} stream{'s' * (count != '1')}" for count in streams)]
     return [f"| {' | '.join(cells)} |", "|---|" + "---|" * len(streams)]
 
 
@@ -95,7 +108,7 @@ def comparison(folder: Path = BENCHMARKS) -> list[str]:
 
 def section(result: dict[str, Any]) -> str:
     """The table of one precision."""
-    targets = {name: result["targets"][name] for name in TARGETS if name in result["targets"]}
+    targets = ordered(result["targets"])
     streams = sorted({int(key) for points in targets.values() for key in points})
     lines = [
         f"## {PRECISIONS[result['precision']]}",
@@ -114,7 +127,7 @@ def section(result: dict[str, Any]) -> str:
             cores = f"{point['server_cores']}, {point['client_cores']}" if "server_cores" in point else ""
             cells = [
                 str(count),
-                TARGETS[name],
+                title(name),
                 f"{point['tokens_per_second']:,.0f}",
                 f"{100 * point['tokens_per_second'] / raw:.1f} %",
                 quantiles(point, "ttft_ms"),
@@ -130,7 +143,7 @@ def section(result: dict[str, Any]) -> str:
 
 def side_by_side(result: dict[str, Any]) -> str:
     """The table of the servers that shared one GPU: each against the best `vllm serve` of its row's streams."""
-    targets = {name: result["targets"][name] for name in TARGETS if name in result["targets"]}
+    targets = ordered(result["targets"])
     lines = [
         f"## {PRECISIONS[result['precision']]}, side by side",
         "",
@@ -140,10 +153,11 @@ def side_by_side(result: dict[str, Any]) -> str:
     ]
     for count in sorted({key for points in targets.values() for key in points}, key=int):
         for name, points in targets.items():
-            point = points[count]
+            if (point := points.get(count)) is None:
+                continue
             cells = [
                 count,
-                TARGETS[name],
+                title(name),
                 f"{point['tokens_per_second']:,.0f}",
                 ", ".join(f"{run:,.0f}" for run in point["runs"]),
                 f"{100 * point['tokens_per_second'] / best_vllm(targets, count):.1f} %",
@@ -153,23 +167,47 @@ def side_by_side(result: dict[str, Any]) -> str:
                 f"{point['server_cores']}, {point['client_cores']}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines + origin(result)) + "\n"
+    return "\n".join(lines + first_token(targets) + origin(result)) + "\n"
+
+
+def first_token(targets: dict[str, Any]) -> list[str]:
+    """Where a first token's time goes at one stream; nothing where that was not measured."""
+    rows = []
+    for name, points in targets.items():
+        point = points.get("1", {})
+        if "first_token_ms" in point:
+            parts = [f"{part:.1f}" for part in point["first_token_ms"].values()]
+            rows.append(f"| {title(name)} | {' | '.join(parts)} | {point['ttft_ms']['p50']:.1f} |")
+    if not rows:
+        return []
+    return [
+        "",
+        "Where a first token's time goes at one stream, ms, in the median of answers with `return_perf_metrics`; TTFT",
+        "is of those without. `tensorrt_llm_bls` tokenises between front and engine, the ensemble before the front.",
+        "",
+        "| | to the front | to the engine | in the engine | to the client | TTFT p50 |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
 
 
 def best_vllm(targets: dict[str, Any], streams: str) -> float:
     """tokens/s of the fastest `vllm serve`."""
-    return max(points[streams]["tokens_per_second"] for name, points in targets.items() if name.startswith("vllm-"))
+    servers = [points for name, points in targets.items() if name.startswith("vllm-")]
+    return max(points[streams]["tokens_per_second"] for points in servers if streams in points)
 
 
 def origin(result: dict[str, Any]) -> list[str]:
     """Hardware, versions, settings and commands, as lines of the page."""
     hardware, settings = result["hardware"], result["settings"]
-    shown = ", ".join(f"{key} {value}" for key, value in settings.items() if not isinstance(value, dict))
+    shown = [f"{key} {value}" for key, value in settings.items() if not isinstance(value, dict)]
+    fractions = {point["memory_fraction"] for points in result["targets"].values() for point in points.values()}
+    shown.append(f"memory_fraction {' or '.join(map(str, sorted(fractions)))}")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return [
         "",
         f"{hardware['gpu'].splitlines()[0]}; {hardware['cpu']}; Python {hardware['python']}; {versions}; Triton 2.51.",
-        f"Settings: {shown}; fronts: {settings['fronts']}. Commands:",
+        f"Settings: {', '.join(shown)}; fronts: {settings['fronts']}. Commands:",
         "",
         "```",
         *result["commands"],

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.server
 @pytest.fixture
 def served(loaded: Server) -> list[bench_gpu.Served]:
     process = psutil.Process(loaded.process.pid)
-    return [bench_gpu.Served(name, "grpc", loaded.grpc_url, process) for name in ("tensorrt_llm_bls", "ensemble")]
+    return [bench_gpu.Served(name, name, "grpc", loaded.grpc_url, process) for name in ("tensorrt_llm_bls", "ensemble")]
 
 
 @pytest.fixture
@@ -74,6 +74,15 @@ def test_the_time_to_a_first_token_is_told_by_its_parts(
         (["--targets", "roundhouse,vlm-4"], "--targets: unknown vlm-4"),
         (["--targets", "raw,roundhouse", "--side-by-side"], "raw has no server"),
         (["--models", "ensembel"], "--models: unknown ensembel"),
+        (["--responses-per-second", "4000,1000"], "--responses-per-second: several are for --side-by-side"),
+        (
+            ["--side-by-side", "--targets", "roundhouse,vllm-4,vllm-rust", "--memory-fraction", "0.32"],
+            "3 servers at once may have 0.94",
+        ),
+        (
+            ["--side-by-side", "--targets", "roundhouse", "--responses-per-second", "9,8", "--memory-fraction", "0.5"],
+            "2 servers at once",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_anything_starts(
