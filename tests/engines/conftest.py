@@ -104,7 +104,7 @@ def use_stand_in() -> None:
 
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None  # it lives in an environment of its own
-ENGINES = tuple(vllm_engines.VARIANTS) if HAS_VLLM else ("synthetic", "embedded", "tensorrt_llm")
+ENGINES = vllm_engines.variants() if HAS_VLLM else ["synthetic", "embedded", "tensorrt_llm"]
 MAKERS: dict[str, Callable[..., Engine]] = {
     "synthetic": make_synthetic,
     "embedded": make_embedded,

@@ -104,6 +104,7 @@ def test_requests_come_and_go_while_a_step_is_computed(random_model: Path, monke
     engine.close()
 
 
+@vllm_engines.needs_fp8_kv
 @pytest.mark.parametrize("kv_dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
 def test_fp8_kv_caches_answer_like_others(kv_dtype: str) -> None:
     """Of models/tiny, whose choices are clear-cut."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from roundhouse.engine.base import Engine
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -17,7 +20,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vllm-ngram": {"speculative": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}},
     "vllm-draft-model": {"speculative": {"method": "draft_model", "num_speculative_tokens": 3}},  # it drafts for itself
 }
+needs_fp8_kv = pytest.mark.skipif(
+    not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
+    reason="this CPU has neither AVX-512 nor AMX, which vLLM's FP8 KV cache needs",
+)
 _idle: list[tuple[object, Engine]] = []  # settings, engine
+
+
+def variants() -> list[Any]:
+    """As parameters of a fixture."""
+    return [pytest.param(name, marks=needs_fp8_kv) if name == "vllm-fp8-kv" else name for name in VARIANTS]
 
 
 def make(variant: str, model: Path, **settings: Any) -> Engine:

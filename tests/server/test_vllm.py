@@ -15,6 +15,7 @@ import requests
 import yaml
 from tritonclient.utils import InferenceServerException
 
+from tests.engines.vllm_engines import needs_fp8_kv
 from tests.server import client
 from tests.server.client import answer, ask, generate, opened, until
 from tests.server.conftest import ROOT, TINY, VLLM_PYTHON, Server, needs_vllm, write_deployment
@@ -36,7 +37,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=needs_fp8_kv) if name == "fp8-kv" else name for name in VARIANTS],
+)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     deployment = yaml.safe_load((ROOT / "deployments/local-cpu-vllm.yaml").read_text())
     del deployment["model"]
