@@ -73,15 +73,17 @@ class Countdown:
 
 def test_requests_come_and_go_while_a_step_is_computed(random_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU vLLM does not wait for its steps; here it seems to."""
-    from roundhouse.engine.vllm.attended import Attended
+    from roundhouse.engine.vllm.attended import LONG_SECONDS, Attended, Attention
 
     engine = load(random_model)
     wanted = {id: run_one(engine, request(id, prompt=prompt(id), max_tokens=20)).tokens for id in (1, 2)}
     executor = engine._core.model_executor  # type: ignore[attr-defined]
     execute = executor.execute_model
+    attention = Attention(lambda: engine.meanwhile())
 
     def execute_model(scheduled: Any, non_block: bool = False) -> Any:
-        return Attended(execute(scheduled, non_block=non_block), Countdown(2), lambda: engine.meanwhile())
+        attention._waited = 2 * LONG_SECONDS
+        return Attended(attention, execute(scheduled, non_block=non_block), Countdown(2))
 
     monkeypatch.setattr(executor, "execute_model", execute_model)
     calls = 0
