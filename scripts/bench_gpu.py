@@ -59,7 +59,7 @@ TARGETS = r"raw|roundhouse|vllm-(\d+|rust)"
 PERCENTILES = (50, 95, 99)
 ROUNDS = {1: 12, 64: 6, 256: 4, 1 << 20: 2}  # streams, at most -> requests of each
 LOAD_SECONDS = 120  # a load that takes longer has failed
-MEMORY_TOGETHER = 0.94  # of the GPU; with 0.96 for three servers one of them ran out of memory
+MEMORY_TOGETHER = 0.94  # of the GPU, for all servers: what vLLM does not count, contexts and graphs, takes the rest
 START_SECONDS = 400  # vLLM's first start on a machine, which compiles
 SETTINGS = {"max_batch_size": 512, "max_seq_len": 2048, "max_num_tokens": 8192}
 FRONTS = ("preprocessing", "tensorrt_llm", "tensorrt_llm_bls")
@@ -616,7 +616,7 @@ def main() -> None:
     if together * args.memory_fraction > MEMORY_TOGETHER:
         parser.error(
             f"--memory-fraction {args.memory_fraction}: {together} servers at once may have {MEMORY_TOGETHER} of the "
-            "GPU together; what vLLM does not count, contexts and graphs, takes the rest"
+            f"GPU together; give each at most {int(100 * MEMORY_TOGETHER / together) / 100}"
         )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # its servers end with it
     if not (args.model / "tokenizer_config.json").exists():

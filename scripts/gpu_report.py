@@ -39,7 +39,8 @@ first chunk) / 255. ITL: between neighbouring chunks, which may carry several to
 Side by side: all servers of a table are up at once on one GPU, each with a share of its memory that its load fits into,
 and a run of one is followed by one of the next. That is the comparison with `vllm serve`. With bfloat16, 64 and 256
 streams are one run, and 512 two, beside the Rust front end alone; a run of one stream is twelve answers there, four in
-all other tables.
+all other tables. The run with 0.32 of the memory for each of three servers ended at 64 streams, when one ran out of it;
+`scripts/bench_gpu.py` refuses that now.
 
 In the other tables a row is two runs of its load counted together, but for `vllm serve` with 1 API server and, with
 FP8, its Rust front end: one run each, of another day. With bfloat16 the Rust front end had the other GPU of the host.

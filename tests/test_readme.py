@@ -110,6 +110,18 @@ def test_the_fused_model_keeps_to_98_percent_of_the_raw_engine() -> None:
             assert fused >= 0.98 * raw["tokens_per_second"], f"{precision}, {streams} streams"
 
 
+def test_where_a_first_token_goes_is_told_as_measured() -> None:
+    told = " ".join((ROOT / "docs/decisions.md").read_text(encoding="utf-8").split())
+    alone = {name: points["1"] for name, points in gpu_report.read("bf16-side-by-side")["targets"].items()}
+    ours, rust, servers = (alone[name]["ttft_ms"]["p50"] for name in ("tensorrt_llm_bls", "vllm-rust", "vllm-4"))
+    assert f"takes {ours:.1f} ms through `tensorrt_llm_bls`, {rust:.1f} through the Rust front end" in told
+    assert f"{servers:.1f} with four API servers" in told
+    parts = alone["tensorrt_llm_bls"]["first_token_ms"]
+    assert f"{parts['in_engine']:.1f} of ours are the engine's" in told
+    assert f"{parts['to_front'] + parts['to_client']:.1f} Triton's and the client's" in told
+    assert f"{parts['to_engine']:.1f} tokenising and the way to the engine process" in told
+
+
 def test_the_tuning_on_the_h200_is_the_measured_one() -> None:
     folder = ROOT / "docs/benchmarks/tune-h200"
     told = (folder / "README.md").read_text(encoding="utf-8")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import bench_gpu
+import gpu_report
 import psutil
 import pytest
+import yaml
 
 from tests.server.conftest import Server
 
@@ -77,7 +80,7 @@ def test_the_time_to_a_first_token_is_told_by_its_parts(
         (["--responses-per-second", "4000,1000"], "--responses-per-second: several are for --side-by-side"),
         (
             ["--side-by-side", "--targets", "roundhouse,vllm-4,vllm-rust", "--memory-fraction", "0.32"],
-            "3 servers at once may have 0.94",
+            "3 servers at once may have 0.94 of the GPU together; give each at most 0.31",
         ),
         (
             ["--side-by-side", "--targets", "roundhouse", "--responses-per-second", "9,8", "--memory-fraction", "0.5"],
@@ -92,6 +95,31 @@ def test_what_cannot_be_measured_is_said_before_anything_starts(
     with pytest.raises(SystemExit, match="2"):
         bench_gpu.main()
     assert said in capsys.readouterr().err
+
+
+def test_servers_of_several_paces_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deployed: list[dict[str, Any]] = []
+
+    @contextmanager
+    def started(command: list[str], *_: Any) -> Iterator[psutil.Process]:
+        if "roundhouse.cli" in command:
+            deployed.append(yaml.safe_load(Path(command[command.index("serve") + 1]).read_text()))
+        yield psutil.Process()
+
+    def measure(served: list[bench_gpu.Served], *_: Any) -> Iterator[bench_gpu.Served]:
+        yield from served
+
+    monkeypatch.setattr(bench_gpu, "started", started)
+    monkeypatch.setattr(bench_gpu, "measure", measure)
+    asked = {"models": ["ensemble"], "responses_per_second": [4000, 1000], "fronts": 4, "precision": "fp8"}
+    args = Namespace(**asked, model=tmp_path, logs=tmp_path, memory_fraction=0.3)
+    served: Any = list(bench_gpu.servers(["roundhouse", "vllm-4"], bench_gpu.Prompts([], []), args))
+    assert [(one.name, one.model) for one in served] == [
+        ("ensemble", "ensemble"), ("ensemble@1000", "ensemble"), ("vllm-4", "vllm-4"),
+    ]  # fmt: skip
+    assert [one["fronts"]["responses_per_second"] for one in deployed] == [4000, 1000]
+    assert "1000 responses a second" in gpu_report.title("ensemble@1000")
+    assert list(gpu_report.ordered({"vllm-4": 3, "ensemble@1000": 2, "ensemble": 1}).values()) == [1, 2, 3]
 
 
 def test_what_was_measured_is_kept_when_the_rest_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ class Tokenizer:
     def __init__(self, backend: RustTokenizer, settings: TokenizerSettings) -> None:
         self.backend = backend
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        # 0.15 s with 128,000 tokens: not for the first request of each front to wait for
+        # Here, and not when it is asked for: the first request would wait for it.
         self.longest_token: int = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
         eos = self._named_id(settings, "eos_token")
         pad = self._named_id(settings, "pad_token")
