@@ -129,9 +129,13 @@ def test_drafts_are_counted_and_stop_beyond_their_batch_size(random_model: Path)
     schedule = [(1, 2, 3), (3, 8, 0)]
     speculative = {"method": "draft_model", "model": str(random_model), "num_speculative_tokens": 3}
     engine = load(random_model, speculative={**speculative, "num_speculative_tokens_per_batch_size": schedule})
-    run(engine, *(request(n, max_tokens=20) for n in range(2)))
+    answers = run(engine, *(request(n, max_tokens=20) for n in range(2)))
     few = engine.stats()
     assert few.draft_tokens >= few.accepted_draft_tokens > 20  # it drafts for itself: nearly all are accepted
+    perfs = [answer.last.perf for answer in answers.values()]
+    own = [(perf.draft_tokens, perf.accepted_draft_tokens) for perf in perfs if perf is not None]
+    assert [sum(counts) for counts in zip(*own, strict=True)] == [few.draft_tokens, few.accepted_draft_tokens]
+    assert all(accepted > 10 for _, accepted in own)
     run(engine, *(request(n, max_tokens=20) for n in range(8)))
     assert engine.stats().draft_tokens - few.draft_tokens < 20
     engine.close()

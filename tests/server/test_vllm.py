@@ -84,6 +84,25 @@ def test_outputs_that_a_request_can_ask_for(server: Server, model: str) -> None:
     assert float(reply.tensors["cum_log_probs"].reshape(-1)[0]) == pytest.approx(float(log_probs.sum()), abs=1e-3)
 
 
+def test_drafts_are_told_to_whoever_asks_and_to_prometheus(server: Server, request: pytest.FixtureRequest) -> None:
+    def counted() -> list[int]:
+        counters = client.metrics(server)
+        names = ("roundhouse_draft_tokens_total", "roundhouse_accepted_draft_tokens_total")
+        return [int(sum(counters[key] for key in counters if key.startswith(name))) for name in names]
+
+    before = counted()
+    words = "one two three four five six seven eight"
+    inputs = {"text_input": f"copy: {words} =", "max_tokens": 60, "exclude_input_in_output": True}
+    last = ask(server, "ensemble", **inputs, return_perf_metrics=True)[-1].tensors
+    told = [int(last[name].item()) for name in ("total_draft_tokens", "total_accepted_draft_tokens")]
+    if request.node.callspec.params["server"] == "fp8-kv":
+        assert told == [0, 0]
+    else:
+        assert 0 < told[1] <= told[0]
+        assert float(last["acceptance_rate"].item()) == pytest.approx(told[1] / told[0])
+    until(lambda: [now - then for now, then in zip(counted(), before, strict=True)] == told, 5, "the same on the page")
+
+
 def test_equal_prefixes_share_blocks_within_one_salt(server: Server) -> None:
     def reused(salt: str) -> int:
         inputs = {"text_input": f"copy: {'seven ' * 60}=", "max_tokens": 2, "return_perf_metrics": True}

@@ -67,6 +67,8 @@ class Sequence:
     first_scheduled_ns: int = 0
     first_token_ns: int = 0
     last_token_ns: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
     def perf(self, tokens_per_block: int) -> Perf:
         """The last token has no keys and values yet when a sequence ends."""
@@ -80,6 +82,8 @@ class Sequence:
             new_blocks=-(-tokens // tokens_per_block) - reused if tokens else 0,
             reused_blocks=reused,
             reused_tokens=self.reused_tokens,
+            draft_tokens=self.draft_tokens,
+            accepted_draft_tokens=self.accepted_draft_tokens,
         )
 
 
@@ -106,6 +110,7 @@ class VllmEngine(Engine):
         except Exception as error:  # vLLM raises many kinds
             raise EngineError(f"vLLM {vllm.__version__} cannot load {config.model}: {error}") from error
         attend(self._core.model_executor, lambda: self.meanwhile())
+        self._core.scheduler.make_spec_decoding_stats = self._drafted
         quantization = settings.model_config.quantization
         if config.int4_awq and "awq" not in (quantization or ""):
             raise EngineError(f"precision.weights: int4_awq, but the quantisation of {config.model} is {quantization}")
@@ -216,7 +221,6 @@ class VllmEngine(Engine):
         now = time.monotonic_ns()
         outputs: list[Output] = []
         for batch in (produced or {}).values():
-            self._count(batch.scheduler_stats)
             outputs += [output for each in batch.outputs if (output := self._output(each, now)) is not None]
         self._totals.steps += bool(executed)
         return outputs
@@ -259,11 +263,22 @@ class VllmEngine(Engine):
         perf = sequence.perf(self.info.tokens_per_block)
         return Output(request.id, tokens, log_probs, reason, perf, top_log_probs=top)
 
-    def _count(self, stats: Any) -> None:
-        speculation = stats.spec_decoding_stats if stats is not None else None
-        if speculation is not None:
-            self._totals.draft_tokens += speculation.num_draft_tokens
-            self._totals.accepted_draft_tokens += speculation.num_accepted_tokens
+    def _drafted(
+        self,
+        stats: object,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> None:
+        """vLLM's scheduler tells it of each sequence that had drafts in a step. It makes sums of its own of that, which
+        lose what came before a sequence without any; here is told whose they were."""
+        proposed = num_draft_tokens - (num_invalid_spec_tokens or {}).get(request_id, 0)
+        self._totals.draft_tokens += proposed
+        self._totals.accepted_draft_tokens += num_accepted_tokens
+        if (sequence := self._live.get(request_id)) is not None:
+            sequence.draft_tokens += proposed
+            sequence.accepted_draft_tokens += num_accepted_tokens
 
     # --- figures ------------------------------------------------------------------------------------
 
