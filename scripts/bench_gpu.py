@@ -3,7 +3,8 @@
 
     scripts/bench_gpu.py --precision fp8 --targets raw,vllm-4,roundhouse --streams 1,64,256,512
 
-Targets: `raw` (vLLM's engine core stepped without a server), `vllm-1` and `vllm-4` (`vllm serve` with so many API
+Targets: `raw` (vLLM's engine core stepped without a server; requests are made ready between steps), `raw-attended` (the
+same, but while the GPU computes, as ours does behind a server), `vllm-1` and `vllm-4` (`vllm serve` with so many API
 servers), `vllm-rust` (its Rust front end), `roundhouse` (`tensorrt_llm_bls`, `ensemble` and the OpenAI-compatible door
 of one server). All of them get the same model (Llama-3-8B shape, random weights, a tokenizer of 128,256 entries that
 this script makes), the same engine settings, prompts of 512 tokens and answers of 256, sampled at temperature 1. All
@@ -37,6 +38,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,8 @@ CLIENTS = 8  # processes
 VOCABULARY, SPECIAL = 128256, 256
 LONGEST_START, LONGEST_ENDING = 8, 4  # characters of what an entry of the vocabulary is merged from
 OURS = {"tensorrt_llm_bls": "grpc", "ensemble": "grpc", "openai": "sse"}  # what one server offers -> kind of client
-TARGETS = r"raw|roundhouse|vllm-(\d+|rust)"
+RAW = ("raw", "raw-attended")
+TARGETS = r"raw|raw-attended|roundhouse|vllm-(\d+|rust)"
 PERCENTILES = (50, 95, 99)
 ROUNDS = {1: 12, 64: 6, 256: 4, 1 << 20: 2}  # streams, at most -> requests of each
 LOAD_SECONDS = 120  # a load that takes longer has failed
@@ -414,61 +417,71 @@ def tell(name: str, streams: int, point: dict[str, Any]) -> None:
 # --- targets -----------------------------------------------------------------------------------------------
 
 
-def target_raw(model: Path, args: argparse.Namespace) -> Measured:
+def target_raw(model: Path, args: argparse.Namespace, names: Sequence[str]) -> Measured:
     """vLLM's engine core in a process of its own: token ids in, token ids out."""
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "deployment.yaml", Path(folder) / "raw.json"
         path.write_text(yaml.safe_dump(deployment(model, args, args.responses_per_second[0])))
-        streams = ",".join(map(str, args.streams))
-        command = [ENGINE_PYTHON, __file__, "--step-engine", str(path), streams, str(args.repeats), str(out)]
-        subprocess.run(command, check=True)
-        for count, point in json.loads(out.read_text()).items():
-            yield "raw", int(count), point
+        asked = [",".join(names), ",".join(map(str, args.streams)), str(args.repeats)]
+        subprocess.run([ENGINE_PYTHON, __file__, "--step-engine", str(path), *asked, str(out)], check=True)
+        yield from json.loads(out.read_text())
 
 
-def step_engine(path: str, streams: str, repeats: str, out: str) -> None:
-    """The process of `raw`: a closed loop around `step`."""
+def step_engine(path: str, names: str, streams: str, repeats: str, out: str) -> None:
+    """The process of `raw` and `raw-attended`: closed loops around `step`."""
     from roundhouse import deployment as deployments
     from roundhouse.engine.load import load_engine
     from roundhouse.engine.protocol import Request, Sampling
 
     engine = load_engine(deployments.load(path))
-    submitting: list[float] = []  # seconds of each request
     chance = np.random.default_rng(5)
 
-    def closed_loop(streams: int, rounds: int) -> list[Answer]:
+    def closed_loop(streams: int, rounds: int, submitting: list[float], *, attended: bool) -> list[Answer]:
+        """`submitting`: gets the seconds of each request."""
         answers: list[Answer] = []
         left = dict.fromkeys(range(streams), rounds)
-
-        def submit(stream: int) -> None:
-            left[stream] -= 1
-            answers.append(Answer(time.monotonic()))
-            prompt = tuple(chance.integers(0, VOCABULARY - SPECIAL, PROMPT).tolist())
-            live[len(answers)] = stream
-            request = Request(id=len(answers), prompt=prompt, max_tokens=ANSWER, sampling=Sampling())
-            begun = time.perf_counter()
-            engine.submit(request)
-            submitting.append(time.perf_counter() - begun)
-
         live: dict[int, int] = {}  # request -> stream
-        for stream in range(streams):
-            submit(stream)
-        while engine.unfinished():
-            for output in engine.step():
+        due = list(left)  # streams whose next request is due, from the last step on
+
+        def submit(waiting: list[int]) -> None:
+            while waiting:
+                left[stream := waiting.pop()] -= 1
+                answers.append(Answer(time.monotonic()))
+                prompt = tuple(chance.integers(0, VOCABULARY - SPECIAL, PROMPT).tolist())
+                live[len(answers)] = stream
+                request = Request(id=len(answers), prompt=prompt, max_tokens=ANSWER, sampling=Sampling())
+                begun = time.perf_counter()
+                engine.submit(request)
+                submitting.append(time.perf_counter() - begun)
+
+        while due or engine.unfinished():
+            waiting, due = due, []
+            if not attended or not engine.unfinished():
+                submit(waiting)
+            engine.meanwhile = partial(submit, waiting)
+            outputs = engine.step()
+            submit(waiting)  # those for whom the wait was too short
+            for output in outputs:
                 answers[output.id - 1].times += [time.monotonic()] * len(output.tokens)
                 if output.last and left[live[output.id]]:
-                    submit(live[output.id])
+                    due.append(live[output.id])
         return answers
 
-    closed_loop(8, 2)
-    points = {}
+    closed_loop(8, 2, [], attended=False)
+    points = []
     for count in map(int, streams.split(",")):
-        submitting.clear()
-        points[str(count)] = figures([closed_loop(count, rounds(count)) for _ in range(int(repeats))])
-        points[str(count)]["submit_ms"] = {
-            f"p{p}": round(1e3 * float(np.percentile(submitting, p)), 3) for p in PERCENTILES
-        }
-        tell("raw", count, points[str(count)])
+        runs: dict[str, list[list[Answer]]] = {name: [] for name in names.split(",")}
+        submitting: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(int(repeats)):
+            for name in runs if turn % 2 == 0 else reversed(runs):
+                its = closed_loop(count, rounds(count), submitting[name], attended=name == "raw-attended")
+                runs[name].append(its)
+        for name, its_runs in runs.items():
+            point = figures(its_runs)
+            spent = np.percentile(submitting[name], PERCENTILES)
+            point["submit_ms"] = {f"p{p}": round(1e3 * float(s), 3) for p, s in zip(PERCENTILES, spent, strict=True)}
+            tell(name, count, point)
+            points.append((name, count, point))
     Path(out).write_text(json.dumps(points))
     engine.close()
 
@@ -605,9 +618,10 @@ def main() -> None:
     names = args.targets.split(",")
     if unknown := {name for name in names if not re.fullmatch(TARGETS, name)}:
         parser.error(
-            f"--targets: unknown {', '.join(sorted(unknown))} (known: raw, vllm-1, vllm-4, ..., vllm-rust, roundhouse)"
+            f"--targets: unknown {', '.join(sorted(unknown))} (known: raw, raw-attended, vllm-1, vllm-4, ..., "
+            "vllm-rust, roundhouse)"
         )
-    if args.side_by_side and "raw" in names:
+    if args.side_by_side and set(RAW) & set(names):
         parser.error("--targets: raw has no server, so it has no place in --side-by-side; leave it out")
     paces = len(args.responses_per_second)
     if paces > 1 and not args.side_by_side:
@@ -629,8 +643,10 @@ def main() -> None:
     shown["fronts"] = dict.fromkeys(FRONTS, args.fronts)
     result |= {"precision": args.precision, "hardware": hardware(), "versions": versions(), "settings": shown}
     result["commands"].append(" ".join(sys.argv))
-    for group in [names] if args.side_by_side else [[name] for name in names]:
-        measured = target_raw(args.model, args) if group == ["raw"] else servers(group, prompts, args)
+    raw = [name for name in names if name in RAW]  # in one process, in turn
+    alone = [[name] for name in names if name not in RAW]
+    for group in [names] if args.side_by_side else filter(None, [raw, *alone]):
+        measured = target_raw(args.model, args, raw) if group == raw else servers(group, prompts, args)
         try:
             for target, streams, point in measured:
                 point["memory_fraction"] = args.memory_fraction

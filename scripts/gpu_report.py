@@ -9,6 +9,7 @@ scripts/gpu_report.py
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "docs/benchmarks"
 PRECISIONS = {"bf16": "bfloat16 weights and KV cache", "fp8": "FP8 weights and FP8 KV cache"}
 TARGETS = {
     "raw": "raw engine, no server",
+    "raw-attended": "raw engine, no server, requests made ready while the GPU computes",
     "tensorrt_llm_bls": "Triton, `tensorrt_llm_bls`",
     "ensemble": "Triton, `ensemble`",
     "openai": "our OpenAI-compatible door",
@@ -37,10 +39,15 @@ tokens/s: all tokens, from the first request to the last chunk. TTFT: from sendi
 first chunk) / 255. ITL: between neighbouring chunks, which may carry several tokens.
 
 Side by side: all servers of a table are up at once on one GPU, each with a share of its memory that its load fits into,
-and a run of one is followed by one of the next. That is the comparison with `vllm serve`. With bfloat16, 64 and 256
-streams are one run, and 512 two, beside the Rust front end alone; a run of one stream is twelve answers there, four in
-all other tables. The run with 0.32 of the memory for each of three servers ended at 64 streams, when one ran out of it;
-`scripts/bench_gpu.py` refuses that now.
+and a run of one is followed by one of the next. That is the comparison with `vllm serve`. A run of one stream is twelve
+answers there, four in all other tables. The bfloat16 table is of two days: 1 and 512 streams are of the first, when
+requests were still made ready between steps, and at 512 the Rust front end was alone beside ours. The run with 0.32 of
+the memory for each of three servers ended at 64 streams, when one ran out of it: `scripts/bench_gpu.py` refuses that.
+
+During the first FP8 table a search of `roundhouse tune` started servers on the host's other GPU and 16 cores and loaded
+them; during that of eight fronts they held the bfloat16 servers of the second day. In the first, the same server gave
+up to 4 % more or less from run to run, 2 % in the second, and tokens came to clients in fewer, larger chunks: its cores
+were slower. What goes through Triton takes three times the cores of `vllm serve`, and loses more by that.
 
 In the other tables a row is two runs of its load counted together, but for `vllm serve` with 1 API server and, with
 FP8, its Rust front end: one run each, of another day. With bfloat16 the Rust front end had the other GPU of the host.
@@ -58,7 +65,7 @@ in the loop without a server, one more for each decode step (15 and 11 ms) that 
 
 
 def read(name: str, folder: Path = BENCHMARKS) -> dict[str, Any]:
-    """The figures of a precision, or of `PRECISION-side-by-side`."""
+    """The figures of one table; see TABLES."""
     return json.loads((folder / f"gpu-{name}.json").read_text(encoding="utf-8"))
 
 
@@ -142,11 +149,11 @@ def section(result: dict[str, Any]) -> str:
     return "\n".join(lines + origin(result)) + "\n"
 
 
-def side_by_side(result: dict[str, Any]) -> str:
+def side_by_side(result: dict[str, Any], heading: str) -> str:
     """The table of the servers that shared one GPU: each against the best `vllm serve` of its row's streams."""
     targets = ordered(result["targets"])
     lines = [
-        f"## {PRECISIONS[result['precision']]}, side by side",
+        f"## {PRECISIONS[result['precision']]}, {heading}",
         "",
         "| streams | | tokens/s | its runs | of the best `vllm serve` | TTFT p50 / p95 / p99, ms | TPOT, ms "
         "| end to end, ms | cores: server, client |",
@@ -217,11 +224,16 @@ def origin(result: dict[str, Any]) -> list[str]:
 
 
 def page(folder: Path = BENCHMARKS) -> str:
-    tables = [table(read(precision + kind, folder)) for precision in PRECISIONS for kind, table in KINDS.items()]
-    return "\n".join([INTRODUCTION, *tables])
+    return "\n".join([INTRODUCTION, *(table(read(name, folder)) for name, table in TABLES.items())])
 
 
-KINDS = {"-side-by-side": side_by_side, "": section}  # how a file's name ends -> its table
+TABLES = {  # how a file is called, without gpu- -> its table
+    "bf16-side-by-side": partial(side_by_side, heading="side by side"),
+    "bf16": section,
+    "fp8-side-by-side": partial(side_by_side, heading="side by side"),
+    "fp8-eight-fronts-side-by-side": partial(side_by_side, heading="side by side, eight fronts of two paces"),
+    "fp8": section,
+}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -90,12 +90,18 @@ def test_the_gpu_figures_are_the_measured_ones() -> None:
         assert rust[count]["tokens_per_second"] == gpu_report.best_vllm(targets, count)
     least = min(ours[count]["tokens_per_second"] / gpu_report.best_vllm(targets, count) for count in ours)
     assert f"misses the second by up to {100 - 100 * least:.1f} %." in README
-    later = [ours["1"]["ttft_ms"]["p50"] - other["1"]["ttft_ms"]["p50"] for other in (rust, four)]
+    first, rusts, fours = (points["1"]["ttft_ms"]["p50"] for points in (ours, rust, four))
     told = " ".join(README.split())
-    said = (
-        "first token, {:.0f} ms later than through the Rust front end and {:.0f} ms later than through four API servers"
-    )
-    assert said.format(*later) in told
+    assert f"first token, {first - rusts:.0f} ms later than through the Rust front end" in told
+    assert f"and {fours - first:.0f} ms earlier than through four API servers" in told
+    slow = gpu_report.read("fp8-eight-fronts-side-by-side")["targets"]
+    shares = [
+        100 * slow["tensorrt_llm_bls@500"][count]["tokens_per_second"] / gpu_report.best_vllm(slow, count)
+        for count in ("64", "256")
+    ]
+    assert "it comes to {:.1f} % at 64 streams and {:.1f} % at 256".format(*shares) in told
+    assert {round(slow["tensorrt_llm_bls@500"][count]["server_cores"], 1) for count in ("64", "256")} <= {2.0, 2.1}
+    assert [round(256 / slow["tensorrt_llm_bls@500"][count]["chunks_per_answer"]) for count in ("64", "256")] == [3, 4]
     at_256 = {name: points["256"] for name, points in gpu_report.read("fp8")["targets"].items()}
     ensemble, fused = (round(at_256[name]["chunks_per_answer"]) for name in ("ensemble", "tensorrt_llm_bls"))
     assert f"it sends {ensemble} an answer, `tensorrt_llm_bls` {fused}." in README
@@ -120,6 +126,20 @@ def test_where_a_first_token_goes_is_told_as_measured() -> None:
     assert f"{parts['in_engine']:.1f} of ours are the engine's" in told
     assert f"{parts['to_front'] + parts['to_client']:.1f} Triton's and the client's" in told
     assert f"{parts['to_engine']:.1f} tokenising and the way to the engine process" in told
+    assert f"takes {rust - parts['in_engine']:.1f} ms for all that is not the engine's" in told
+
+
+def test_what_a_slower_pace_gives_is_told_as_measured() -> None:
+    told = " ".join((ROOT / "docs/decisions.md").read_text(encoding="utf-8").split())
+    targets = gpu_report.read("fp8-eight-fronts-side-by-side")["targets"]
+    slow, fast = (targets[f"tensorrt_llm_bls@{pace}"] for pace in (500, 2000))
+    rates = [f"{its[count]['tokens_per_second']:,.0f}" for count in ("64", "256") for its in (slow, fast)]
+    assert (
+        "make {} tokens/s at 64 streams where eight of 2,000 make {}, and as much at 256 ({}, {})".format(*rates)
+        in told
+    )
+    cores = slow["64"]["server_cores"], fast["64"]["server_cores"]
+    assert "with {:.1f} cores instead of {:.1f}".format(*cores) in told
 
 
 def test_the_tuning_on_the_h200_is_the_measured_one() -> None:

@@ -8,10 +8,12 @@ import gpu_report
 def test_the_page_is_that_of_the_figures() -> None:
     written = (gpu_report.BENCHMARKS / "gpu.md").read_text(encoding="utf-8")
     assert written == gpu_report.page(), "run scripts/gpu_report.py"
-    for precision in gpu_report.PRECISIONS:
-        for kind in gpu_report.KINDS:
-            for name in gpu_report.read(precision + kind)["targets"]:
-                assert gpu_report.TARGETS[name] in written
+    for table in gpu_report.TABLES:
+        for name in gpu_report.read(table)["targets"]:
+            assert gpu_report.title(name) in written
+    assert {path.stem for path in gpu_report.BENCHMARKS.glob("gpu-*.json")} == {
+        *(f"gpu-{table}" for table in gpu_report.TABLES), "gpu-optimisations",
+    }, "a file without a table"  # fmt: skip
 
 
 def test_side_by_side_the_best_vllm_serve_is_the_measure() -> None:

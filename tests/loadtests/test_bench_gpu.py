@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from roundhouse.engine.protocol import FinishReason, Output
 from tests.server.conftest import Server
 
 pytestmark = pytest.mark.server
@@ -139,3 +140,46 @@ def test_what_was_measured_is_kept_when_the_rest_fails(tmp_path: Path, monkeypat
     written = json.loads((tmp_path / "gpu-fp8-side-by-side.json").read_text())
     assert written["targets"] == {"ensemble": {"4": {"tokens_per_second": 7.0, "memory_fraction": 0.9}}}
     assert written["settings"]["fronts"] == {"preprocessing": 4, "tensorrt_llm": 4, "tensorrt_llm_bls": 4}
+
+
+class Stepped:
+    """An engine whose every step ends one request, and that waits for it long enough. Notes when requests came in."""
+
+    def __init__(self) -> None:
+        self.live: list[int] = []
+        self.meanwhile = lambda: None
+        self.stepping = False
+        self.came: list[str] = []
+
+    def submit(self, request: Any) -> None:
+        self.live.append(request.id)
+        self.came.append("meanwhile" if self.stepping else "between steps")
+
+    def unfinished(self) -> int:
+        return len(self.live)
+
+    def step(self) -> list[Output]:
+        ended = self.live.pop(0)
+        self.stepping = True
+        self.meanwhile()
+        self.stepping = False
+        return [Output(ended, [1] * bench_gpu.ANSWER, finish_reason=FinishReason.LENGTH)]
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_bare_engine_gets_requests_between_its_steps_or_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("roundhouse.deployment.load", lambda _: None)
+    out = tmp_path / "raw.json"
+    for name, when in {"raw": "between steps", "raw-attended": "meanwhile"}.items():
+        engine = Stepped()
+        monkeypatch.setattr("roundhouse.engine.load.load_engine", lambda _, engine=engine: engine)
+        bench_gpu.step_engine("deployment.yaml", name, "4", "1", str(out))
+        ((told, streams, point),) = json.loads(out.read_text())
+        assert (told, streams, point["answers"]) == (name, 4, 4 * bench_gpu.rounds(4))
+        first = engine.came[-point["answers"] :][:4]
+        assert first == ["between steps"] * 4, "there was no step yet"
+        assert set(engine.came[-point["answers"] :][4:]) == {when}

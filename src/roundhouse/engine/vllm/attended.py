@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-PAUSE_SECONDS = 2e-4  # between two looks: so late may a step's tokens be noticed
-LONG_SECONDS = 2e-3  # a wait that leaves time to be late: the GPU has its next step already
+PAUSE_SECONDS = 1e-4  # between two looks: so late may a step's tokens be noticed
+LONG_SECONDS = 5e-4  # a wait that leaves time to be late: the GPU has its next step already
 
 
 class Event(Protocol):
