@@ -14,7 +14,10 @@ one of the next, so that they share the GPU and the minutes:
 
     scripts/bench_gpu.py --side-by-side --memory-fraction 0.3 --targets roundhouse,vllm-4,vllm-rust --streams 64,256
 
-and one of ours for each of --responses-per-second 4000,1000.
+and one of ours for each of --responses-per-second 4000,1000. With --client-cores the clients keep to these cores, and
+taskset keeps the servers off them:
+
+    taskset -c 0-9 scripts/bench_gpu.py --client-cores 10-15
 
 ROUNDHOUSE_ENGINE_PYTHON names the interpreter that has vLLM (default: this one). Writes
 docs/benchmarks/gpu-PRECISION.json, or gpu-PRECISION-side-by-side.json; what was not asked for keeps its figures there.
@@ -211,8 +214,16 @@ class Run:
     server: float
 
 
-def run_load(served: Served, streams: int, rounds: int, prompts: Prompts, *, timed: bool = False) -> Run:
-    """A closed loop. Uses up one opener."""
+def run_load(
+    served: Served,
+    streams: int,
+    rounds: int,
+    prompts: Prompts,
+    *,
+    cores: frozenset[int] | None = None,
+    timed: bool = False,
+) -> Run:
+    """A closed loop. Uses up one opener. `cores`: where the clients run; None for anywhere."""
     clients = min(CLIENTS, streams)
     opener = prompts.openers.pop()
     shares = [streams // clients + (index < streams % clients) for index in range(clients)]
@@ -222,16 +233,18 @@ def run_load(served: Served, streams: int, rounds: int, prompts: Prompts, *, tim
     ]
     before = cpu_seconds(served.process)
     context = multiprocessing.get_context("spawn")
-    with context.Pool(clients, share_barrier, (context.Barrier(clients),)) as pool:
+    with context.Pool(clients, prepare_client, (context.Barrier(clients), cores)) as pool:
         parts = pool.map(client, loads, chunksize=1)
     spent = sum(value - before.get(pid, 0.0) for pid, value in cpu_seconds(served.process).items())
     return Run([answer for answers, _ in parts for answer in answers], sum(cpu for _, cpu in parts), spent)
 
 
-def share_barrier(barrier: Any) -> None:
+def prepare_client(barrier: Any, cores: frozenset[int] | None) -> None:
     """In a client process: remember where all of them meet before they start."""
     global _barrier
     _barrier = barrier
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
 
 
 _barrier: Any = None
@@ -377,6 +390,12 @@ def cpu_seconds(process: psutil.Process) -> dict[int, float]:
     return spent
 
 
+def core_list(text: str) -> frozenset[int]:
+    """The cores of a list as taskset has it: 10-15,26."""
+    ranges = (part.partition("-") for part in text.split(","))
+    return frozenset(core for first, _, last in ranges for core in range(int(first), int(last or first) + 1))
+
+
 def rounds(streams: int) -> int:
     """Requests that each stream sends: more where they are short."""
     return next(count for limit, count in ROUNDS.items() if streams <= limit)
@@ -387,15 +406,16 @@ Measured = Iterator[tuple[str, int, dict[str, Any]]]  # target, streams, its fig
 
 def measure(served: Sequence[Served], prompts: Prompts, args: argparse.Namespace) -> Measured:
     """All numbers of streams on all that is served; run by run in turn, so that all of them meet the same minutes."""
+    load = partial(run_load, prompts=prompts, cores=args.client_cores)
     for one in served:
-        run_load(one, 8, 2, prompts)  # the first requests compile and fill caches
+        load(one, 8, 2)  # the first requests compile and fill caches
     for streams in args.streams:
         runs: dict[str, list[Run]] = {one.name: [] for one in served}
         for turn in range(args.repeats):
             for one in served if turn % 2 == 0 else reversed(served):  # none always comes after the same other
-                runs[one.name].append(run_load(one, streams, rounds(streams), prompts))
+                runs[one.name].append(load(one, streams, rounds(streams)))
         timed = {
-            one.name: first_token_parts(run_load(one, 1, rounds(1), prompts, timed=True).answers)
+            one.name: first_token_parts(load(one, 1, rounds(1), timed=True).answers)
             for one in served
             if streams == 1 and one.kind == "grpc"
         }
@@ -605,6 +625,7 @@ def main() -> None:
     parser.add_argument("--fronts", type=int, default=4, help="instances of each model in front of the engine")
     parser.add_argument("--responses-per-second", default="4000", help="pace of each front; more: a server for each")
     parser.add_argument("--side-by-side", action="store_true", help="all servers at once, loaded in turn; without raw")
+    parser.add_argument("--client-cores", type=core_list, help="of the clients alone, as 10-15,26-31; default: any")
     parser.add_argument("--memory-fraction", type=float, default=0.9, help="of the GPU, for each server")
     parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "roundhouse-llama-3-8b-shape")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
@@ -640,7 +661,9 @@ def main() -> None:
     path = args.output / f"gpu-{args.precision}{'-side-by-side' if args.side_by_side else ''}.json"
     result = json.loads(path.read_text()) if path.exists() else {"targets": {}, "commands": []}
     shown = {"prompt_tokens": PROMPT, "answer_tokens": ANSWER, "clients": CLIENTS, **SETTINGS}
-    shown["fronts"] = dict.fromkeys(FRONTS, args.fronts)
+    shown |= {"fronts": dict.fromkeys(FRONTS, args.fronts), "cores_of_servers": len(os.sched_getaffinity(0))}
+    if args.client_cores is not None:
+        shown["cores_of_clients"] = len(args.client_cores)
     result |= {"precision": args.precision, "hardware": hardware(), "versions": versions(), "settings": shown}
     result["commands"].append(" ".join(sys.argv))
     raw = [name for name in names if name in RAW]  # in one process, in turn

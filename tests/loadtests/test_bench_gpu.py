@@ -47,7 +47,7 @@ def test_what_is_served_is_loaded_in_turn(
     served: list[bench_gpu.Served], prompts: bench_gpu.Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_gpu, "ROUNDS", {64: 1})
-    measured = list(bench_gpu.measure(served, prompts, Namespace(streams=[4], repeats=2)))
+    measured = list(bench_gpu.measure(served, prompts, Namespace(streams=[4], repeats=2, client_cores={0})))
     assert [(name, streams) for name, streams, _ in measured] == [("tensorrt_llm_bls", 4), ("ensemble", 4)]
     for _, _, point in measured:
         assert len(point["runs"]) == 2
@@ -62,7 +62,7 @@ def test_the_time_to_a_first_token_is_told_by_its_parts(
 ) -> None:
     """Of one stream, where nobody waits for anybody."""
     monkeypatch.setattr(bench_gpu, "ROUNDS", {1: 3, 64: 1})
-    measured = list(bench_gpu.measure(served, prompts, Namespace(streams=[1, 2], repeats=1)))
+    measured = list(bench_gpu.measure(served, prompts, Namespace(streams=[1, 2], repeats=1, client_cores=None)))
     alone = {name: point for name, streams, point in measured if streams == 1}
     for point in alone.values():
         parts = point["first_token_ms"]
@@ -140,6 +140,15 @@ def test_what_was_measured_is_kept_when_the_rest_fails(tmp_path: Path, monkeypat
     written = json.loads((tmp_path / "gpu-fp8-side-by-side.json").read_text())
     assert written["targets"] == {"ensemble": {"4": {"tokens_per_second": 7.0, "memory_fraction": 0.9}}}
     assert written["settings"]["fronts"] == {"preprocessing": 4, "tensorrt_llm": 4, "tensorrt_llm_bls": 4}
+
+
+def test_clients_keep_to_the_cores_that_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[frozenset[int]] = []
+    monkeypatch.setattr("os.sched_setaffinity", lambda pid, cores: kept.append(cores))
+    bench_gpu.prepare_client(None, None)
+    assert kept == []
+    bench_gpu.prepare_client(None, bench_gpu.core_list("10-12,26"))
+    assert kept == [{10, 11, 12, 26}]
 
 
 class Stepped:
