@@ -527,8 +527,8 @@ def vllm_server(model: Path, args: argparse.Namespace, name: str) -> Iterator[li
 
 @contextmanager
 def roundhouse_server(model: Path, args: argparse.Namespace, pace: int) -> Iterator[list[Served]]:
-    """`pace`: responses a second of each front; told in the names unless it is the first of args."""
-    mark = "" if pace == args.responses_per_second[0] else f"@{pace}"
+    """`pace`: responses a second of each front; told in the names where there are several."""
+    mark = f"@{pace}" if len(args.responses_per_second) > 1 else ""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "deployment.yaml"
         path.write_text(yaml.safe_dump(deployment(model, args, pace)))

@@ -46,8 +46,8 @@ the memory for each of three servers ended at 64 streams, when one ran out of it
 
 During the first FP8 table a search of `roundhouse tune` started servers on the host's other GPU and 16 cores and loaded
 them; during that of eight fronts they held the bfloat16 servers of the second day. In the first, the same server gave
-up to 4 % more or less from run to run, 2 % in the second, and tokens came to clients in fewer, larger chunks: its cores
-were slower. What goes through Triton takes three times the cores of `vllm serve`, and loses more by that.
+up to 4 % more or less from run to run, 2 % in the second, and tokens came to clients in fewer, larger chunks, as on
+slower cores. What goes through Triton takes three times the cores of the Rust front end: it loses more by that.
 
 In the other tables a row is two runs of its load counted together, but for `vllm serve` with 1 API server and, with
 FP8, its Rust front end: one run each, of another day. With bfloat16 the Rust front end had the other GPU of the host.
@@ -231,7 +231,7 @@ TABLES = {  # how a file is called, without gpu- -> its table
     "bf16-side-by-side": partial(side_by_side, heading="side by side"),
     "bf16": section,
     "fp8-side-by-side": partial(side_by_side, heading="side by side"),
-    "fp8-eight-fronts-side-by-side": partial(side_by_side, heading="side by side, eight fronts of two paces"),
+    "eight-fronts/gpu-fp8-side-by-side": partial(side_by_side, heading="side by side, eight fronts of two paces"),
     "fp8": section,
 }
 

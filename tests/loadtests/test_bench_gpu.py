@@ -116,7 +116,7 @@ def test_servers_of_several_paces_have_names_of_their_own(tmp_path: Path, monkey
     args = Namespace(**asked, model=tmp_path, logs=tmp_path, memory_fraction=0.3)
     served: Any = list(bench_gpu.servers(["roundhouse", "vllm-4"], bench_gpu.Prompts([], []), args))
     assert [(one.name, one.model) for one in served] == [
-        ("ensemble", "ensemble"), ("ensemble@1000", "ensemble"), ("vllm-4", "vllm-4"),
+        ("ensemble@4000", "ensemble"), ("ensemble@1000", "ensemble"), ("vllm-4", "vllm-4"),
     ]  # fmt: skip
     assert [one["fronts"]["responses_per_second"] for one in deployed] == [4000, 1000]
     assert "1000 responses a second" in gpu_report.title("ensemble@1000")

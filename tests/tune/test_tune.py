@@ -219,12 +219,20 @@ def test_every_value_of_a_knob_can_be_written(path: Path) -> None:
 
 
 def test_a_tuned_file_keeps_its_relative_paths(tmp_path: Path) -> None:
-    raw = space.read(ROOT / "deployments/local-cpu.yaml")
-    moved = space.relative_to(raw, tmp_path / "out")
+    source = ROOT / "deployments/local-cpu.yaml"
+    moved = space.relative_to(space.read(source), tmp_path / "out", source)
     assert not Path(moved["model"]["path"]).is_absolute()
     (tmp_path / "out").mkdir()
     (tmp_path / "out/tuned.yaml").write_text(yaml.safe_dump(moved))
-    assert deployments.load(tmp_path / "out/tuned.yaml") == deployments.load(ROOT / "deployments/local-cpu.yaml")
+    assert deployments.load(tmp_path / "out/tuned.yaml") == deployments.load(source)
+
+
+def test_a_tuned_file_keeps_its_absolute_paths(tmp_path: Path) -> None:
+    given = yaml.safe_load((ROOT / "deployments/local-cpu.yaml").read_text())
+    given["model"]["path"] = str(ROOT / "models/tiny")
+    source = tmp_path / "start.yaml"
+    source.write_text(yaml.safe_dump(given))
+    assert space.relative_to(space.read(source), tmp_path / "out", source)["model"] == given["model"]
 
 
 RECORDS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=12)

@@ -153,7 +153,7 @@ class Tuning:
         self.write("trials.json", {"trials": self.search.records()})
 
     def _write_tuned(self, kept: dict[str, Any]) -> str:
-        raw = space.relative_to(space.override(self.raw, kept), self.folder)
+        raw = space.relative_to(space.override(self.raw, kept), self.folder, self.asked.deployment)
         text = f"# {self.asked.deployment.name}, tuned for: {self.scenario.description}\n"
         text += yaml.safe_dump(raw, sort_keys=False)
         (self.folder / "tuned.yaml").write_text(text, encoding="utf-8")

@@ -135,10 +135,11 @@ def read(path: Path) -> dict[str, Any]:
     return override(raw, {key: value(parsed, key) for key in given})
 
 
-def relative_to(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The deployment as a file in `folder` says it."""
-    given = {key: _get(raw, key) for key in PATHS if _has(raw, key)}
-    return override(raw, {key: os.path.relpath(path, folder) for key, path in given.items()})
+def relative_to(raw: dict[str, Any], folder: Path, source: Path) -> dict[str, Any]:
+    """What was read from `source`, as a file in `folder` says it. A path that is absolute there stays so."""
+    written = yaml.safe_load(source.read_text(encoding="utf-8"))
+    moved = {key: _get(raw, key) for key in PATHS if _has(raw, key) and not Path(_get(written, key)).is_absolute()}
+    return override(raw, {key: os.path.relpath(path, folder) for key, path in moved.items()})
 
 
 def _has(raw: dict[str, Any], key: str) -> bool:
