@@ -26,7 +26,7 @@ from roundhouse.openai.guard import Guard
 from roundhouse.openai.replies import Reply
 from roundhouse.openai.schema import Chat, Completion, Detokenize, ErrorBody, Generate, Tokenize
 from roundhouse.text.detokenize import Detokenizer
-from roundhouse.text.tokenizer import Tokenizer
+from roundhouse.text.tokenizer import NOT_HASTENED, Tokenizer
 
 JOIN_SECONDS = 5.0  # with no engine by then, listen all the same: /health and /ready say how things are
 LARGE_BODY = 50_000  # bytes: from there on, tokenising is left to a thread, so that it delays nobody's tokens
@@ -47,6 +47,8 @@ class Door:
         model = deployment.model
         self.deployment = deployment
         self.tokenizer = Tokenizer.load(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code)
+        if not self.tokenizer.hasten():
+            log.info(NOT_HASTENED)
         chat.warm_up(self.tokenizer)
         self.detokenizer = Detokenizer(self.tokenizer)
         self.token_texts = Detokenizer(self.tokenizer, skip_special_tokens=False)

@@ -18,7 +18,7 @@ from roundhouse.engine.client import EngineClient
 from roundhouse.engine.protocol import Error, ErrorCode
 from roundhouse.engine.runtime import DRAINING, OUTLIVE_SECONDS, runtime_dir, server_of, when_gone
 from roundhouse.text.detokenize import Detokenizer
-from roundhouse.text.tokenizer import Tokenizer
+from roundhouse.text.tokenizer import NOT_HASTENED, Tokenizer
 from roundhouse.triton import backend
 from roundhouse.triton.fields import Array, Fields, batch_of, refuse, timeout_of
 from roundhouse.triton.front import Front
@@ -55,9 +55,13 @@ class Settings:
             raise ValueError(f"parameter {name} of model {self.name}: {value!r} is not allowed; say true or false")
         return bool(value == "true")
 
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self, *, encodes: bool) -> Tokenizer:
+        """`encodes`: this model encodes prompts."""
         model = self.deployment.model
-        return Tokenizer.load(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code)
+        tokenizer = Tokenizer.load(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code)
+        if encodes and not tokenizer.hasten():
+            backend.log_info(NOT_HASTENED)
+        return tokenizer
 
 
 class StreamingModel:
@@ -67,7 +71,7 @@ class StreamingModel:
         settings = Settings(args)
         self.decoupled = settings.decoupled
         self.echo = settings.flag("exclude_input_in_output") is False
-        self.tokenizer = settings.tokenizer()
+        self.tokenizer = settings.tokenizer(encodes=self.encodes)
         self.configure(settings)
         client = EngineClient(settings.deployment_path, settings.instance, settings.server_pid, log=backend.log_info)
         self.info = client.start()
@@ -94,6 +98,7 @@ class StreamingModel:
         )
 
     skip_special_tokens = True
+    encodes = False  # prompts come as text
 
     def configure(self, settings: Settings) -> None:
         """Read parameters that only this model has."""

@@ -31,7 +31,7 @@ MAX_ASKED = 10_000  # streams; those whose last chunk never came are forgotten b
 class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         settings = Settings(args)
-        self._detokenizer = Detokenizer(settings.tokenizer(), settings.flag("skip_special_tokens"))
+        self._detokenizer = Detokenizer(settings.tokenizer(encodes=False), settings.flag("skip_special_tokens"))
         self._post = Post(runtime_dir(settings.server_pid))
         self._asked: dict[tuple[int, int], float] = {}  # front and stream -> when Triton was asked for its client
         self._next_ask = 0.0

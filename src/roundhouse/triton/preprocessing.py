@@ -36,7 +36,7 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         settings = Settings(args)
         self._special_tokens = settings.flag("add_special_tokens")
-        self._tokenizer = settings.tokenizer()
+        self._tokenizer = settings.tokenizer(encodes=True)
         config = _model_config(Path(settings.deployment.model.path))
         self._max_seq_len: int | None = settings.deployment.limits.max_seq_len or config.get("max_position_embeddings")
         self._vocab_size: int = config.get("vocab_size") or self._tokenizer.vocab_size
@@ -61,7 +61,7 @@ class TritonPythonModel:
                 ErrorCode.UNSUPPORTED, "decoder_text_input: the model is decoder-only: put the text into text_input"
             )
         texts = [prompt_text(fields, "text_input", self._tokenizer, self._max_seq_len) for fields in batch]
-        prompts = self._tokenizer.encode_batch(texts, self._special_tokens)
+        prompts = [self._tokenizer.encode(text, self._special_tokens) for text in texts]
         end_ids = [self._end_id(fields) for fields in batch]
         pad_ids = [self._pad_id(fields) for fields in batch]
         return {

@@ -11,6 +11,8 @@ from roundhouse.triton.stream import Form
 
 
 class TritonPythonModel(StreamingModel):
+    encodes = True
+
     def configure(self, settings: Settings) -> None:
         self._special_tokens = settings.flag("add_special_tokens")
         self.skip_special_tokens = settings.flag("skip_special_tokens")
