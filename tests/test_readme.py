@@ -81,6 +81,17 @@ def test_nothing_is_said_twice() -> None:
     assert sorted(set(lines)) == sorted(lines)
 
 
+def share_of(targets: dict[str, Any], streams: str, other: str) -> float:
+    """Percent of another server's rate that `tensorrt_llm_bls` has."""
+    rates = (targets[name][streams]["tokens_per_second"] for name in ("tensorrt_llm_bls", other))
+    return 100 * next(rates) / next(rates)
+
+
+def spread_of(point: dict[str, Any]) -> float:
+    """Percent by which the fastest run of a load is above the slowest."""
+    return 100 * (max(point["runs"]) / min(point["runs"]) - 1)
+
+
 def test_the_gpu_figures_are_the_measured_ones() -> None:
     assert "\n".join(gpu_report.summary()) in README
     assert "\n".join(gpu_report.comparison()) in README
@@ -88,22 +99,29 @@ def test_the_gpu_figures_are_the_measured_ones() -> None:
     ours, rust, four = (targets[name] for name in ("tensorrt_llm_bls", "vllm-rust", "vllm-4"))
     for count in ours:
         assert rust[count]["tokens_per_second"] == gpu_report.best_vllm(targets, count)
-    least = min(ours[count]["tokens_per_second"] / gpu_report.best_vllm(targets, count) for count in ours)
-    assert f"misses the second by up to {100 - 100 * least:.1f} %." in README
-    for count in ("64", "256", "512"):
-        assert round(ours[count]["server_cores"] / rust[count]["server_cores"]) == 3
-    first, rusts, fours = (points["1"]["ttft_ms"]["p50"] for points in (ours, rust, four))
+    shares = {count: share_of(targets, count, "vllm-rust") for count in ours}
     told = " ".join(README.split())
-    assert f"first token, {first - rusts:.0f} ms later than through the Rust front end" in told
+    assert f"misses by {100 - shares.pop('64'):.1f} % at 64 streams with FP8" in told
+    assert f"with one stream by {100 - shares.pop('1'):.1f} %" in told
+    elsewhere = list(shares.values())
+    for count in ("64", "256", "512"):
+        assert round(ours[count]["server_cores"] / rust[count]["server_cores"]) == 2
+    spread = 0.0
+    for folder, other, said in (
+        ("rust", "vllm-rust", "has {}, {} and {} %"),
+        ("four", "vllm-4", "{}, {} and {} % of that"),
+    ):
+        pair = gpu_report.read(f"bf16-{folder}/gpu-bf16-side-by-side")["targets"]
+        of_pair = [share_of(pair, count, other) for count in ("64", "256", "512")]
+        assert said.format(*(f"{share:.1f}" for share in of_pair)) in told
+        elsewhere += of_pair
+        spread = max(spread, *(spread_of(point) for points in pair.values() for point in points.values()))
+    most = max(spread_of(point) for points in targets.values() for count, point in points.items() if count != "1")
+    assert f"differ by up to {spread:.1f} % there, with FP8 by up to {most:.1f} %." in told
+    assert f"from {100 - min(elsewhere):.1f} % below to {max(elsewhere) - 100:.1f} % above" in told
+    first, rusts, fours = (points["1"]["ttft_ms"]["p50"] for points in (ours, rust, four))
+    assert f"first token: {first - rusts:.0f} ms later than through the Rust front end" in told
     assert f"and {fours - first:.0f} ms earlier than through four API servers" in told
-    slow = gpu_report.read("eight-fronts/gpu-fp8-side-by-side")["targets"]
-    shares = [
-        100 * slow["tensorrt_llm_bls@500"][count]["tokens_per_second"] / gpu_report.best_vllm(slow, count)
-        for count in ("64", "256")
-    ]
-    assert "it comes to {:.1f} % at 64 streams and {:.1f} % at 256".format(*shares) in told
-    assert {round(slow["tensorrt_llm_bls@500"][count]["server_cores"], 1) for count in ("64", "256")} <= {2.0, 2.1}
-    assert [round(256 / slow["tensorrt_llm_bls@500"][count]["chunks_per_answer"]) for count in ("64", "256")] == [3, 4]
     at_256 = {name: points["256"] for name, points in gpu_report.read("fp8")["targets"].items()}
     ensemble, fused = (round(at_256[name]["chunks_per_answer"]) for name in ("ensemble", "tensorrt_llm_bls"))
     assert f"it sends {ensemble} an answer, `tensorrt_llm_bls` {fused}." in README
@@ -129,6 +147,28 @@ def test_where_a_first_token_goes_is_told_as_measured() -> None:
     assert f"{parts['to_front'] + parts['to_client']:.1f} Triton's and the client's" in told
     assert f"{parts['to_engine']:.1f} tokenising and the way to the engine process" in told
     assert f"takes {rust - parts['in_engine']:.1f} ms for all that is not the engine's" in told
+
+
+def test_what_tokenising_takes_is_told_as_measured() -> None:
+    told = " ".join((ROOT / "docs/decisions.md").read_text(encoding="utf-8").split())
+    texts = json.loads((ROOT / "docs/benchmarks/tokenize.json").read_text())["texts"]
+
+    def both(text: str, tokens: str, digits: int) -> str:
+        point = texts[text]["lengths"][tokens]
+        return "{:.{digits}f} instead of {:.{digits}f} ms for {:,} tokens".format(
+            *(point[name]["p50_ms"] for name in ("fastokens", "tokenizers")),
+            round(point["tokens"], -2 if text == "prose" else 0),
+            digits=digits,
+        )
+
+    assert both("prose", "512", 2) in told
+    assert both("prose", "8192", 1) in told
+    assert both("made-up words", "512", 2) in told
+    slow = texts["made-up words"]["lengths"]["512"]["tokenizers"]["p50_ms"]
+    assert f"the last of four that come together waited for {4 * slow:.0f} ms there" in told
+    load = texts["made-up words"]
+    assert f"{load['load_seconds']:.0f} s with {load['entries']:,} entries on that core" in told
+    assert f"and {load['load_mb']} MB in each process" in told
 
 
 def test_what_a_slower_pace_gives_is_told_as_measured() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,36 @@ def test_what_is_served_is_loaded_in_turn(
         # no stream gets more than 200 tokens a second
         assert 100 < point["tokens_per_second"] < 4 * 200
         assert point["ttft_ms"]["p50"] < point["end_to_end_ms"]["p50"]
+
+
+class CountsWords(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server whose tokens are words."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.dumps({"usage": {"prompt_tokens": len(asked["prompt"].split())}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_server_that_reads_shorter_prompts_is_not_measured() -> None:
+    """It would have less to do than the others."""
+    whole = "of many words " * ((bench_gpu.PROMPT - 1) // 3) + "in all"
+    prompts = bench_gpu.Prompts(["a ", "an "], [whole[len("of ") :]] * 4)
+    with HTTPServer(("127.0.0.1", 0), CountsWords) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}"
+        one = bench_gpu.Served("vllm-rust", "model", "sse", address, psutil.Process())
+        bench_gpu.check_lengths(one, prompts)
+        prompts.bodies[3] += " more"
+        with pytest.raises(ValueError, match="vllm-rust: a prompt of 512 tokens has 513 there"):
+            bench_gpu.check_lengths(one, prompts)
+        server.shutdown()
 
 
 def test_the_time_to_a_first_token_is_told_by_its_parts(
