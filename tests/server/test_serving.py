@@ -15,9 +15,11 @@ import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 from tritonclient.utils import InferenceServerException
 
+from roundhouse.text.tokenizer import NOT_HASTENED
 from tests.server import client
 from tests.server.client import answer, ask, generate, metrics, opened, until
-from tests.server.conftest import ROOT, Start
+from tests.server.conftest import ROOT, TINY, Start
+from tests.text import families
 
 pytestmark = pytest.mark.server
 PROMPT = "copy: one two three ="
@@ -66,6 +68,20 @@ def test_answers_are_the_same_without_kv_reuse(start: Start, local_cpu: Any) -> 
         assert answer(server, "ensemble", prompt, 500) == answer(local_cpu, "ensemble", prompt, 500)
     reply = ask(server, "ensemble", text_input=prompt, max_tokens=4, return_perf_metrics=True)[-1]
     assert reply.tensors["kv_cache_reused_blocks"].item() == 0
+
+
+def test_what_encodes_prompts_says_when_that_is_slow(start: Start, synthetic: Any, tmp_path: Path) -> None:
+    assert NOT_HASTENED not in synthetic.log.read_text(), "fastokens knows the tokenizer of models/tiny"
+    folder = tmp_path / "unigram"
+    folder.mkdir()
+    families.metaspace().save(str(folder / "tokenizer.json"))
+    server = start(
+        {"model": {"path": TINY, "tokenizer": str(folder)}, "engine": {"kind": "synthetic"}, "openai": {"workers": 1}}
+    )
+    for model in ("ensemble", "tensorrt_llm_bls"):
+        assert generate(server, model, text_input="the dog", max_tokens=4).status_code == 200
+    assert server.log.read_text().count(f"W roundhouse: {NOT_HASTENED}") == 2, "preprocessing and tensorrt_llm_bls"
+    until(lambda: server.log.read_text().count(NOT_HASTENED) == 3, 30, "the front door's worker says it too")
 
 
 def test_metrics_tell_what_happens(synthetic: Any) -> None:

@@ -48,7 +48,7 @@ class Door:
         self.deployment = deployment
         self.tokenizer = Tokenizer.load(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code)
         if not self.tokenizer.hasten():
-            log.info(NOT_HASTENED)
+            log.warning(NOT_HASTENED)
         chat.warm_up(self.tokenizer)
         self.detokenizer = Detokenizer(self.tokenizer)
         self.token_texts = Detokenizer(self.tokenizer, skip_special_tokens=False)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from roundhouse.text.fast_encoder import FastEncoder, fast_encoder
 from roundhouse.text.tokenizer_files import NAMED_TOKENS, TokenizerSettings, load_backend, read_settings
 
-NOT_HASTENED = "the tokenizer is of a kind that fastokens does not know: tokenising takes some times longer"
+NOT_HASTENED = "fastokens cannot stand in for this tokenizer: tokenising takes ten times as long"
 
 
 class Tokenizer:

@@ -60,7 +60,7 @@ class Settings:
         model = self.deployment.model
         tokenizer = Tokenizer.load(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code)
         if encodes and not tokenizer.hasten():
-            backend.log_info(NOT_HASTENED)
+            backend.log_warning(NOT_HASTENED)
         return tokenizer
 
 
