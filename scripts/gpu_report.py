@@ -64,6 +64,9 @@ each client process began as soon as it had imported what it needs, which takes 
 through Triton are low by what its eight processes were apart, and the clients' cores hold their imports. Side by side
 they start together.
 
+From end to end an answer takes TTFT + 255 TPOT. Where `tensorrt_llm_bls` has a higher TPOT p50 than four API servers on
+the same GPU, its first tokens come earlier, and its answers end within 1 % of the same time.
+
 TTFT with 256 streams comes in whole prefill steps (0.2 s in bfloat16, 0.12 s in FP8). Streams end in groups, a decode
 step apart. The groups that end before the first of their next requests has come in wait for each other's prefills: two
 in the loop without a server, one more for each decode step (15 and 11 ms) that the way out and back in takes.
