@@ -27,6 +27,7 @@ PATTERNS = {
     + rf"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{CONTRACTIONS}?"
     + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+SLOW_PATTERN = r"(?:a+b?)+c|[\s\S]"  # tries all ways to part a run of a's
 
 
 def split(pattern: str, normalizer: normalizers.Normalizer | None = None) -> RustTokenizer:
@@ -131,13 +132,23 @@ def test_it_is_not_used_where_it_would_give_other_ids(backend: Callable[[], Rust
     assert tokenizer.decode(tokenizer.encode("dog", False)).strip() == "dog"
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, other: fastokens.Tokenizer) -> None:
+    """What fastokens makes of any tokenizer from now on."""
+    monkeypatch.setattr(fastokens, "Tokenizer", type("Other", (), {"from_json_str": staticmethod(lambda _: other)}))
+
+
 def test_a_difference_in_one_entry_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with fastokens 0.2.1, of the tokenizer of scripts/bench_gpu.py."""
     backend = families.byte_level()
     content = json.loads(backend.to_str())
     del content["model"]["merges"][100]
-    other = fastokens.Tokenizer.from_json_str(json.dumps(content))
-    monkeypatch.setattr(fastokens, "Tokenizer", type("Other", (), {"from_json_str": staticmethod(lambda _: other)}))
+    stand_in(monkeypatch, fastokens.Tokenizer.from_json_str(json.dumps(content)))
+    assert fast_encoder(backend) is None
+
+
+def test_one_that_gives_up_while_it_is_tried_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = split(SLOW_PATTERN)
+    stand_in(monkeypatch, fastokens.Tokenizer.from_json_str(backend.to_str(), pcre2_match_limit=1))
     assert fast_encoder(backend) is None
 
 
@@ -154,7 +165,7 @@ def test_a_hastened_tokenizer_does_without_the_slow_one(tmp_path: Path, monkeypa
 def test_a_text_that_is_too_much_for_it_is_left_to_the_slow_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = split(r"(?:a+b?)+c|[\s\S]")
+    backend = split(SLOW_PATTERN)
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer.load(tmp_path)
     text = "a" * 12

@@ -21,8 +21,6 @@ ODD_TEXTS = (
     "👩\u200d👩\u200d👧 👍🏽 🇩🇪 \u200b \u00a0 \u2028 \u3000 \x85 \x00 \ufffd \ue000 \U0010ffff",
     "<|endoftext|> <s> </s> [INST] <unk> <0x0A>",
 )
-
-
 RUN = 50  # entries of the vocabulary in a row
 
 
@@ -41,17 +39,15 @@ def fast_encoder(backend: RustTokenizer) -> FastEncoder | None:
 
     Tries odd texts and each entry of the vocabulary.
     """
+    ids = range(backend.get_vocab_size(with_added_tokens=True))
+    entries = backend.decode_batch([[id] for id in ids], skip_special_tokens=False)
+    texts = [*ODD_TEXTS, *("".join(entries[start : start + RUN]) for start in range(0, len(entries), RUN))]
     try:
         import fastokens
 
         fast: FastEncoder = fastokens.Tokenizer.from_json_str(backend.to_str())
+        given = [fast.encode(text, add_special_tokens=True).ids for text in texts]
     except (ImportError, ValueError):
         return None
-    ids = range(backend.get_vocab_size(with_added_tokens=True))
-    entries = backend.decode_batch([[id] for id in ids], skip_special_tokens=False)
-    texts = [*ODD_TEXTS, *("".join(entries[start : start + RUN]) for start in range(0, len(entries), RUN))]
-    expected = backend.encode_batch_fast(texts, add_special_tokens=True)
-    same = all(
-        fast.encode(text, add_special_tokens=True).ids == its.ids for text, its in zip(texts, expected, strict=True)
-    )
-    return fast if same else None
+    expected = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=True)]
+    return fast if given == expected else None
