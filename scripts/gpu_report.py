@@ -40,20 +40,16 @@ first chunk) / 255. ITL: between neighbouring chunks, which may carry several to
 
 Side by side: all servers of a table are up at once on one GPU, each with a share of its memory that its load fits into,
 and a run of one is followed by one of the next. That is the comparison with `vllm serve`. Servers had ten cores and
-clients twelve others, where the settings say so; a front sent 1,000 responses a second then, else 4,000. A run of one
-stream is twelve answers there, four in all other tables. The FP8 row of one stream is of an earlier day, without cores
-of the clients' own; the bfloat16 row of 512 streams beside four API servers is of another host, where both engines also
-wrote down how long their steps took. All this was before our fronts tokenised with fastokens.
+clients others, as the settings say; a front sent 1,000 responses a second, else 4,000. A run of one stream is twelve
+answers there, four in all other tables. The row of 512 streams beside the Rust front end and the table beside four API
+servers, both bfloat16, are of two earlier hosts, with twelve cores for the clients, and of before our fronts tokenised
+with fastokens; on the second, both engines also wrote down how long their steps took at 512 streams.
 
-In tables called earlier, and at one stream, the Rust front end had prompts of 506 tokens on average instead of 512: it
-takes a word whole that has an entry of its own, where the merges of this made-up tokenizer end in two. That is 1.2 %
-less prefill, and 16 prompts fit into a step of 8,192 tokens beside the running streams' own. Now prompts are made of
-words that all read alike, and the benchmark asks each server for its count.
-
-The earlier bfloat16 table is of two days: 1 and 512 streams are of the first, when requests were still made ready
-between steps, and at 512 the Rust front end was alone beside ours. Its run with 0.32 of the memory for each of three
-servers ended at 64 streams, when one ran out of it: `scripts/bench_gpu.py` refuses that. During the table of eight
-fronts the host's other half held those bfloat16 servers; the same server gave up to 2 % more or less from run to run.
+Prompts are made of words that are one token to every server, and the benchmark asks each for its count. In the table of
+eight fronts the Rust front end had prompts of 506 tokens on average instead of 512: it takes a word whole that has an
+entry of its own, where the merges of this made-up tokenizer end in two. That is 1.2 % less prefill, and 16 prompts fit
+into a step of 8,192 tokens beside the running streams' own. Its servers had no cores of their own, and the host's other
+half served bfloat16 at the time.
 
 In the other tables a row is two runs of its load counted together, but for `vllm serve` with 1 API server and, with
 FP8, its Rust front end: one run each, of another day. With bfloat16 the Rust front end had the other GPU of the host.
@@ -62,10 +58,12 @@ four on another, all of a later day. The same target gave up to 3 % more or less
 one exception: one of the two runs of `ensemble` at 256 streams with FP8 was 9 % slower than the other. In these runs
 each client process began as soon as it had imported what it needs, which takes longest with Triton's client: so rates
 through Triton are low by what its eight processes were apart, and the clients' cores hold their imports. Side by side
-they start together.
+they start together. Here too the Rust front end had the shorter prompts.
 
 From end to end an answer takes TTFT + 255 TPOT. Where `tensorrt_llm_bls` has a higher TPOT p50 than four API servers on
-the same GPU, its first tokens come earlier, and its answers end within 1 % of the same time.
+the same GPU, its first tokens come earlier, and its answers end within 1 % of the same time. At 64 streams with FP8
+first tokens come later, too, and yet answers end sooner in the median: first tokens come in groups, a prefill apart, so
+that medians do not add up.
 
 TTFT with 256 streams comes in whole prefill steps (0.2 s in bfloat16, 0.12 s in FP8). Streams end in groups, a decode
 step apart. The groups that end before the first of their next requests has come in wait for each other's prefills: two
@@ -117,7 +115,7 @@ def comparison(folder: Path = BENCHMARKS) -> list[str]:
     targets = read("fp8-side-by-side", folder)["targets"]
     streams = sorted(targets["vllm-rust"], key=int)
     rows = head("of the best `vllm serve`, FP8", streams)
-    for name in ("tensorrt_llm_bls", "ensemble", "vllm-4"):
+    for name in ordered(targets):
         shares = [targets[name][count]["tokens_per_second"] / best_vllm(targets, count) for count in streams]
         rows.append(f"| {TARGETS[name]} | {' | '.join(f'{100 * share:.1f} %' for share in shares)} |")
     return rows
@@ -240,7 +238,6 @@ TABLES = {  # how a file is called, without gpu- -> its table
     "fp8-side-by-side": partial(side_by_side, heading="side by side"),
     "bf16-rust/gpu-bf16-side-by-side": partial(side_by_side, heading="side by side with the Rust front end"),
     "bf16-four/gpu-bf16-side-by-side": partial(side_by_side, heading="side by side with four API servers"),
-    "bf16-side-by-side": partial(side_by_side, heading="side by side, earlier"),
     "eight-fronts/gpu-fp8-side-by-side": partial(side_by_side, heading="side by side, earlier, eight fronts"),
     "bf16": section,
     "fp8": section,

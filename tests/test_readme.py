@@ -81,10 +81,9 @@ def test_nothing_is_said_twice() -> None:
     assert sorted(set(lines)) == sorted(lines)
 
 
-def share_of(targets: dict[str, Any], streams: str, other: str) -> float:
-    """Percent of another server's rate that `tensorrt_llm_bls` has."""
-    rates = (targets[name][streams]["tokens_per_second"] for name in ("tensorrt_llm_bls", other))
-    return 100 * next(rates) / next(rates)
+def share_of(targets: dict[str, Any], streams: str) -> float:
+    """Percent of the best `vllm serve`'s rate that `tensorrt_llm_bls` has."""
+    return 100 * targets["tensorrt_llm_bls"][streams]["tokens_per_second"] / gpu_report.best_vllm(targets, streams)
 
 
 def spread_of(point: dict[str, Any]) -> float:
@@ -92,39 +91,55 @@ def spread_of(point: dict[str, Any]) -> float:
     return 100 * (max(point["runs"]) / min(point["runs"]) - 1)
 
 
+def medians(points: dict[str, Any], name: str) -> dict[str, float]:
+    """By streams."""
+    return {streams: point[name]["p50"] for streams, point in points.items()}
+
+
 def test_the_gpu_figures_are_the_measured_ones() -> None:
+    told = " ".join(README.split())
     assert "\n".join(gpu_report.summary()) in README
     assert "\n".join(gpu_report.comparison()) in README
-    targets = gpu_report.read("fp8-side-by-side")["targets"]
-    ours, rust, four = (targets[name] for name in ("tensorrt_llm_bls", "vllm-rust", "vllm-4"))
-    for count in ours:
-        assert rust[count]["tokens_per_second"] == gpu_report.best_vllm(targets, count)
-    shares = {count: share_of(targets, count, "vllm-rust") for count in ours}
-    told = " ".join(README.split())
-    assert f"misses by {100 - shares.pop('64'):.1f} % at 64 streams with FP8" in told
-    assert f"with one stream by {100 - shares.pop('1'):.1f} %" in told
-    elsewhere = list(shares.values())
-    for count in ("64", "256", "512"):
-        assert round(ours[count]["server_cores"] / rust[count]["server_cores"]) == 2
-    spread = 0.0
-    for folder, other, said in (
-        ("rust", "vllm-rust", "has {}, {} and {} %"),
-        ("four", "vllm-4", "{}, {} and {} % of that"),
-    ):
-        pair = gpu_report.read(f"bf16-{folder}/gpu-bf16-side-by-side")["targets"]
-        of_pair = [share_of(pair, count, other) for count in ("64", "256", "512")]
-        assert said.format(*(f"{share:.1f}" for share in of_pair)) in told
-        elsewhere += of_pair
-        spread = max(spread, *(spread_of(point) for points in pair.values() for point in points.values()))
-    most = max(spread_of(point) for points in targets.values() for count, point in points.items() if count != "1")
-    assert f"differ by up to {spread:.1f} % there, with FP8 by up to {most:.1f} %." in told
+    names = ("fp8-side-by-side", "bf16-rust/gpu-bf16-side-by-side", "bf16-four/gpu-bf16-side-by-side")
+    tables = [gpu_report.read(name)["targets"] for name in names]
+    shares = [{streams: share_of(table, streams) for streams in table["tensorrt_llm_bls"]} for table in tables]
+    of_rust, of_four = ([f"{its[count]:.1f}" for count in sorted(its, key=int)] for its in shares[1:])
+    assert "has {}, {}, {} and {} % of the Rust front end's rate at 1, 64".format(*of_rust) in told
+    assert "{}, {} and {} % of that of four API servers from 64 on".format(*of_four) in told
+    assert f"misses by {100 - shares[0].pop('1'):.1f} % with one stream and FP8" in told
+    elsewhere = [share for its in shares for share in its.values()]
+    spread = max(spread_of(point) for table in tables for points in table.values() for point in points.values())
     assert f"from {100 - min(elsewhere):.1f} % below to {max(elsewhere) - 100:.1f} % above" in told
-    first, rusts, fours = (points["1"]["ttft_ms"]["p50"] for points in (ours, rust, four))
-    assert f"first token: {first - rusts:.0f} ms later than through the Rust front end" in told
-    assert f"and {fours - first:.0f} ms earlier than through four API servers" in told
+    assert f"differ by up to {spread:.1f} %." in told
     at_256 = {name: points["256"] for name, points in gpu_report.read("fp8")["targets"].items()}
     ensemble, fused = (round(at_256[name]["chunks_per_answer"]) for name in ("ensemble", "tensorrt_llm_bls"))
     assert f"it sends {ensemble} an answer, `tensorrt_llm_bls` {fused}." in README
+
+
+def test_the_gpu_latencies_are_the_measured_ones() -> None:
+    told = " ".join(README.split())
+    fp8 = gpu_report.read("fp8-side-by-side")["targets"]
+    bf16 = gpu_report.read("bf16-four/gpu-bf16-side-by-side")["targets"]
+    ours, rust, four = (medians(fp8[name], "ttft_ms") for name in ("tensorrt_llm_bls", "vllm-rust", "vllm-4"))
+    assert f"first token comes {ours['1'] - rust['1']:.1f} ms later than through the Rust front end" in told
+    assert f"(and {four['1'] - ours['1']:.1f} ms earlier than through four API servers)" in told
+    parts = fp8["tensorrt_llm_bls"]["1"]["first_token_ms"]
+    assert f"Triton and its client alone take {parts['to_front'] + parts['to_client']:.1f} ms" in told
+    assert [streams for streams in ours if ours[streams] >= four[streams]] == ["64"]
+    assert f"but at 64 streams with FP8 ({ours['64']:.0f} ms, {four['64']:.0f})" in told
+    most = 0.0
+    for table in (fp8, bf16):
+        (first, theirs), (tpot, their_tpot), (end, their_end) = (
+            [medians(table[name], figure) for name in ("tensorrt_llm_bls", "vllm-4")]
+            for figure in ("ttft_ms", "tpot_ms", "end_to_end_ms")
+        )
+        assert table is fp8 or all(first[streams] < theirs[streams] for streams in theirs)
+        assert all(abs(end[streams] / their_end[streams] - 1) < 0.01 for streams in their_end)
+        most = max(most, *(tpot[streams] / their_tpot[streams] - 1 for streams in their_tpot))
+    assert f"TPOT p50 up to {100 * most:.1f} % above theirs" in told
+    for streams in ("64", "256", "512"):
+        servers = [fp8[name][streams]["server_cores"] for name in ("tensorrt_llm_bls", "vllm-rust")]
+        assert 1.7 < servers[0] / servers[1] < 2  # nearly twice
 
 
 def test_the_fused_model_keeps_to_98_percent_of_the_raw_engine() -> None:
@@ -138,7 +153,9 @@ def test_the_fused_model_keeps_to_98_percent_of_the_raw_engine() -> None:
 
 def test_where_a_first_token_goes_is_told_as_measured() -> None:
     told = " ".join((ROOT / "docs/decisions.md").read_text(encoding="utf-8").split())
-    alone = {name: points["1"] for name, points in gpu_report.read("bf16-side-by-side")["targets"].items()}
+    targets = gpu_report.read("fp8-side-by-side")["targets"]
+    assert f"and on another host it is {share_of(targets, '64'):.1f} %" in told
+    alone = {name: points["1"] for name, points in targets.items()}
     ours, rust, servers = (alone[name]["ttft_ms"]["p50"] for name in ("tensorrt_llm_bls", "vllm-rust", "vllm-4"))
     assert f"takes {ours:.1f} ms through `tensorrt_llm_bls`, {rust:.1f} through the Rust front end" in told
     assert f"{servers:.1f} with four API servers" in told
@@ -146,6 +163,7 @@ def test_where_a_first_token_goes_is_told_as_measured() -> None:
     assert f"{parts['in_engine']:.1f} of ours are the engine's" in told
     assert f"{parts['to_front'] + parts['to_client']:.1f} Triton's and the client's" in told
     assert f"{parts['to_engine']:.1f} tokenising and the way to the engine process" in told
+    assert f"and takes {parts['to_engine']:.1f} since" in told
     assert f"takes {rust - parts['in_engine']:.1f} ms for all that is not the engine's" in told
 
 

