@@ -145,6 +145,9 @@ def serve(
     openai_port: int = 9000,
     openai_address: str = "127.0.0.1",
     drain_seconds: Annotated[int, typer.Option(help="how long open streams may go on after SIGTERM")] = 60,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="a file that exists while requests are taken, for a readiness probe")
+    ] = None,
     log_verbose: Annotated[bool, typer.Option("--log-verbose", help="Triton's whole log")] = False,
 ) -> None:
     """Serve a deployment in the foreground. SIGTERM drains: open streams finish, exit code 0."""
@@ -160,7 +163,14 @@ def serve(
         metrics_address=metrics_address,
         openai_address=openai_address,
     )
-    code = serving.serve(deployment, addresses, openai=openai, drain_seconds=drain_seconds, verbose=log_verbose)
+    code = serving.serve(
+        deployment,
+        addresses,
+        openai=openai,
+        drain_seconds=drain_seconds,
+        ready_file=ready_file,
+        verbose=log_verbose,
+    )
     raise typer.Exit(code)
 
 

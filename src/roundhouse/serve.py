@@ -32,6 +32,7 @@ from roundhouse.engine.runtime import DRAINING, ServerRecord, announce, runtime_
 IDLE_SECONDS = 1.0  # how long the engine must be idle before all answers have surely reached their clients
 EXIT_SECONDS = 2  # Triton's own time to end after that: requests whose clients have gone would keep it for ever
 CRASH_SECONDS = 1.0  # from Triton's word of a crash to its end
+POLL_SECONDS = 0.2
 PROGRESS_SECONDS = 10.0
 DOOR_SECONDS = 60.0  # for the OpenAI front door to open
 CLOSED_APIS = "shared-memory,trace,logging"  # whoever reaches the port could map, or change, what is the server's own
@@ -84,6 +85,31 @@ _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 
 
+class ReadyFile:
+    """A file that exists while requests are taken: what a container's readiness probe looks for.
+
+    Triton's own health says yes while the engine behind its models is being started again.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        """None for no file. Removes what an earlier server has left. Raises ServeError if it cannot be written."""
+        self._path = path
+        self._exists = False
+        try:
+            self.set(True)
+            self.set(False)
+        except OSError as error:
+            raise ServeError(f"--ready-file {path}: {error.strerror}; name a file in a folder that exists") from error
+
+    def set(self, ready: bool) -> None:
+        if self._path is not None and ready != self._exists:
+            if ready:
+                self._path.touch()
+            else:
+                self._path.unlink(missing_ok=True)
+            self._exists = ready
+
+
 class Server:
     """A running tritonserver and everything that it started."""
 
@@ -94,9 +120,10 @@ class Server:
         *,
         openai: bool = False,
         drain_seconds: int = 60,
+        ready_file: Path | None = None,
         verbose: bool = False,
     ):
-        """Start it. `openai`: open that door even if the deployment does not ask for it.
+        """Start it. `openai`: open that door even if the deployment does not ask for it. `ready_file`: see ReadyFile.
 
         Raises DeploymentError, TritonError or ServeError.
         """
@@ -104,6 +131,7 @@ class Server:
         triton = tritonserver.find()
         self._has_door = openai or parsed.openai is not None
         addresses.check(openai=self._has_door)
+        self._ready_file = ReadyFile(ready_file)
         self.addresses = addresses
         self._deployment = deployment
         self._door: subprocess.Popen[bytes] | None = None
@@ -130,6 +158,7 @@ class Server:
             text=True,
             errors="replace",
         )
+        self._engine = EngineMonitor(self.process.pid)
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
 
@@ -159,6 +188,10 @@ class Server:
                 preexec_fn=_die_with_parent,
             )
             self._wait_door()
+
+    def tell_ready(self) -> None:
+        """Let the ready file say whether requests are taken. To be called a few times a second."""
+        self._ready_file.set(self._engine.serving())
 
     def ended(self, seconds: float = 0.0) -> bool:
         """Whether Triton, or the OpenAI front door, has ended by itself; Triton gets so many seconds to do so."""
@@ -225,6 +258,7 @@ class Server:
 
         Triton hears of it last: from its SIGTERM on it would refuse the steps of an ensemble that is still streaming.
         """
+        self._ready_file.set(False)
         (runtime_dir(self.process.pid) / DRAINING).touch()
         if self._door is not None:
             self._door.terminate()
@@ -242,18 +276,18 @@ class Server:
     def _wait_idle(self, deadline: float) -> None:
         """Until the engine has had nothing to do for IDLE_SECONDS, or the deadline has come."""
         idle_since = time.monotonic()
-        monitor = EngineMonitor(self.process.pid)
         while self.process.poll() is None and time.monotonic() < deadline:
             now = time.monotonic()
-            if not monitor.idle():
+            if not self._engine.idle():
                 idle_since = now
             elif now - idle_since > IDLE_SECONDS:
                 break
             time.sleep(0.05)
-        monitor.close()
 
     def kill(self) -> None:
         """End the server and all that it started, at once."""
+        self._ready_file.set(False)
+        self._engine.close()
         children = []
         processes: list[subprocess.Popen[str] | subprocess.Popen[bytes]] = [self.process]
         if self._door is not None:
@@ -350,7 +384,15 @@ def _reachable(address: str) -> str:
     return "127.0.0.1" if address in ("0.0.0.0", "") else address
 
 
-def serve(deployment: Path, addresses: Addresses, *, openai: bool, drain_seconds: int, verbose: bool) -> int:
+def serve(
+    deployment: Path,
+    addresses: Addresses,
+    *,
+    openai: bool,
+    drain_seconds: int,
+    ready_file: Path | None = None,
+    verbose: bool,
+) -> int:
     """Run a server until SIGTERM or Ctrl-C. Returns the exit code; a second signal ends it at once."""
     console = Console(stderr=True)
     stop = threading.Event()
@@ -365,7 +407,9 @@ def serve(deployment: Path, addresses: Addresses, *, openai: bool, drain_seconds
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     try:
-        server = Server(deployment, addresses, openai=openai, drain_seconds=drain_seconds, verbose=verbose)
+        server = Server(
+            deployment, addresses, openai=openai, drain_seconds=drain_seconds, ready_file=ready_file, verbose=verbose
+        )
         server.wait_ready(console, stop)
     except (deployments.DeploymentError, tritonserver.TritonError, ServeError) as error:
         if server is not None:
@@ -381,7 +425,8 @@ def serve(deployment: Path, addresses: Addresses, *, openai: bool, drain_seconds
         f"ready: HTTP {host}:{addresses.http_port}, gRPC {_reachable(addresses.grpc_address)}:{addresses.grpc_port}, "
         f"metrics {_reachable(addresses.metrics_address)}:{addresses.metrics_port}",
     )
-    while not stop.wait(0.2):
+    while not stop.wait(POLL_SECONDS):
+        server.tell_ready()
         model = server.lost_model()
         if server.ended(EXIT_SECONDS if model is not None else 0):  # its models end before it does
             _say(console, f"the server has ended by itself\n{server.why()}")

@@ -50,7 +50,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, objects: Objects, pod: Pod)
     text = find(objects, "ConfigMap", config)["data"]["deployment.yaml"]
     deployment.write_text(text.replace("/opt/roundhouse", str(ROOT)))
     options = [a for a in command(container)[3:] if not re.match(r"--\w+-(port|address)=", a)]
-    assert options == ["--drain-seconds=120"]
+    assert options == ["--drain-seconds=120", "--ready-file=/cache/ready"]
+    options[1] = f"--ready-file={folder / 'ready'}"
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment(container).items():
             if name != "NUMBA_CACHE_DIR":  # what is compiled already need not be compiled again

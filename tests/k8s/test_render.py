@@ -182,7 +182,7 @@ def test_downloads_land_where_the_server_reads(everything: dict[Any, Objects], t
     done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=10, check=True)
     inside = yaml.safe_load(find_deployment(objects))
     for path in (inside["model"]["path"], inside["speculative"]["draft_model"]):
-        assert f"('owner/{Path(path).name}',) {{'local_dir': '{path}'}}\n" in done.stdout
+        assert f"('owner/{Path(path).name}',) {{'local_dir': '{path}', 'ignore_patterns': ['original/*'," in done.stdout
 
 
 def find_deployment(objects: Objects) -> str:
@@ -246,6 +246,37 @@ def test_keys_and_certificates_come_from_secrets(tmp_path: Path) -> None:
     assert secrets == {"api-keys": "roundhouse-api-keys", "tls": "roundhouse-tls"}
     assert (mounted["api-keys"], mounted["tls"]) == ("/api-keys", "/tls")
     assert pod.container("server")["readinessProbe"]["httpGet"]["scheme"] == "HTTPS"
+
+
+def test_behind_the_openai_door_its_page_is_scraped(everything: dict[Any, Objects], tmp_path: Path) -> None:
+    """Triton's page knows nothing of the door's clients; the door's page has Triton's too."""
+    (alone,) = find(everything[Combination("local-cpu", ("monitoring",))], "PodMonitor", "roundhouse")["spec"][
+        "podMetricsEndpoints"
+    ]
+    assert alone["port"] == "metrics"
+    render(load("local-cpu"), tmp_path / "both", components=("monitoring", "openai"))
+    objects = manifests.build(tmp_path / "both")
+    (door,) = find(objects, "PodMonitor", "roundhouse")["spec"]["podMetricsEndpoints"]
+    assert door == {**alone, "port": "openai"}
+    (monitoring,) = [
+        rule
+        for rule in find(objects, "NetworkPolicy", "roundhouse")["spec"]["ingress"]
+        if {"port": "metrics"} in rule["ports"]
+    ]
+    assert {"port": "openai"} in monitoring["ports"]
+    section = {"tls_certificate": "cert.pem", "tls_key": "key.pem"}
+    render(load("local-cpu", openai=section), tmp_path / "tls", components=("monitoring",))
+    (door,) = find(manifests.build(tmp_path / "tls"), "PodMonitor", "roundhouse")["spec"]["podMetricsEndpoints"]
+    assert (door["port"], door["scheme"], door["tlsConfig"]) == ("openai", "https", {"insecureSkipVerify": True})
+
+
+def test_without_the_door_a_pod_is_ready_while_its_file_is_there(everything: dict[Any, Objects]) -> None:
+    (pod,) = pods(everything[Combination("local-cpu", ())])
+    container = pod.container("server")
+    (file,) = [a.split("=")[1] for a in container["command"] if a.startswith("--ready-file=")]
+    assert container["readinessProbe"]["exec"]["command"] == ["/usr/bin/test", "-e", file]
+    (door,) = pods(everything[Combination("local-cpu", ("openai",))])
+    assert "exec" not in door.container("server")["readinessProbe"]
 
 
 def test_an_objective_becomes_an_alert(everything: dict[Any, Objects]) -> None:

@@ -66,7 +66,7 @@ BREAKAGES: dict[str, tuple[Callable[[Objects], Any], str]] = {
         lambda o: find(o, "Service", "roundhouse")["spec"]["ports"][1].update(targetPort="web"),
         "has no port web",
     ),
-    "probe port": (lambda o: container(o)["readinessProbe"]["httpGet"].update(port="web"), "asks port web"),
+    "probe port": (lambda o: container(o)["startupProbe"]["httpGet"].update(port="web"), "asks port web"),
     "same port": (lambda o: container(o)["ports"].append({"name": "x", "containerPort": 8000}), "have the same port"),
     "pool port": (
         lambda o: find(o, "InferencePool", "roundhouse")["spec"]["targetPorts"][0].update(number=7),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,8 +78,10 @@ def test_fifty_disconnects_leave_nothing_behind_and_sigterm_drains(start: Start)
     assert len(replies) > 150  # 200 tokens, one by one
 
 
-def test_the_engine_killed_under_32_streams_comes_back(start: Start) -> None:
-    server = start({"engine": SLOW, "limits": LIMITS})
+def test_the_engine_killed_under_32_streams_comes_back(start: Start, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    server = start({"engine": SLOW, "limits": LIMITS}, "--ready-file", str(ready))
+    until(ready.exists, 5, "the ready file")
     ended: list[tuple[float, Any]] = []
     begun = threading.Barrier(33)
 
@@ -96,14 +99,19 @@ def test_the_engine_killed_under_32_streams_comes_back(start: Start) -> None:
     for thread in threads:
         thread.start()
     begun.wait(timeout=20)
+    until(lambda: gauge(server, "active") == 32, 3, "32 active requests")
     killed = time.monotonic()
-    server.engine().kill()
+    engine = server.engine()
+    engine.suspend()  # so that it takes a moment to be noticed, and to be started again
+    engine.kill()
+    until(lambda: not ready.exists(), 2, "the end of the ready file")
     for thread in threads:
         thread.join(timeout=10)
     assert len(ended) == 32
     assert all(error is not None and "started again" in str(error) for _, error in ended)
     assert max(at for at, _ in ended) - killed < 2
     until(lambda: generate(server, "ensemble", text_input="x", max_tokens=1).status_code == 200, 10, "the engine")
+    until(ready.exists, 5, "the ready file again")
     assert metrics_sum(server, "roundhouse_engine_restarts_total") >= 1
     assert metrics_sum(server, "roundhouse_failed_total") >= 32
 

@@ -249,6 +249,7 @@ class EngineMonitor:
         self._connection: Connection | None = None
         self._heard = 0.0
         self._stats: Stats | None = None
+        self._pid = ""  # of the engine that welcomed us last
 
     def stats(self) -> Stats | None:
         """The newest stats; None if there is no engine, or it has said nothing for a second."""
@@ -261,9 +262,16 @@ class EngineMonitor:
         for message in self._connection.receive():
             if isinstance(message, EngineStats):
                 self._heard, self._stats = now, message.stats
+            elif isinstance(message, Welcome):
+                self._pid = str(message.pid)
         if now - self._heard > HELLO_SECONDS:
             self.close()
         return self._stats
+
+    def serving(self) -> bool:
+        """Whether there is an engine that takes requests: one that is loaded, even if it is in a long step."""
+        self.stats()
+        return runtime.is_host(self._pid, self._folder)
 
     def idle(self) -> bool:
         """Whether the engine surely has nothing to do: it says so, or there is none.

@@ -144,6 +144,8 @@ def _server_overlay(inside: Deployment, model: Path, chosen: list[str], overlay:
         overlay.patch("image.yaml", _pod("apps/v1", "DaemonSet", "roundhouse-image", _affinity(inside)))
     if "monitoring" in chosen and inside.slo is not None:
         overlay.resource("slo-rules.yaml", _slo_rules(inside.slo, overlay.namespace))
+    if "monitoring" in chosen and inside.openai is not None:
+        _monitor_door(overlay, inside.openai)
     if "vllm-comparison" in chosen:
         _vllm(overlay, inside)
     return overlay
@@ -250,6 +252,16 @@ def _secrets(section: OpenAi) -> dict[str, Any]:
     if section.tls_key is not None:
         container["readinessProbe"] = {"httpGet": {"scheme": "HTTPS"}}
     return {"containers": [container], "volumes": volumes} if volumes else {}
+
+
+def _monitor_door(overlay: Overlay, section: OpenAi) -> None:
+    """Scrape the OpenAI door instead of Triton: its page has all of Triton's, and what its own clients got."""
+    path = "/spec/podMetricsEndpoints/0"
+    operations: list[Patch] = [{"op": "replace", "path": f"{path}/port", "value": "openai"}]
+    if section.tls_key is not None:  # its certificate is for the clients' name of the server, not for pods
+        operations.append({"op": "add", "path": f"{path}/scheme", "value": "https"})
+        operations.append({"op": "add", "path": f"{path}/tlsConfig", "value": {"insecureSkipVerify": True}})
+    overlay.change("PodMonitor", "roundhouse", *operations)
 
 
 def _slo_rules(slo: Slo, namespace: str) -> dict[str, Any]:

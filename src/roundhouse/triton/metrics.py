@@ -78,6 +78,7 @@ class Metrics:
             self._keep.append(made)
             self._gauges += [(made.Metric(labels={**upstream, label: value}), read) for value, read in readings.items()]
         self._counts: Counter[str] = Counter()
+        self._stats: Stats | None = None  # the newest, while there is an engine
         self._restarts = 0
         self._next = 0.0
         self._work: queue.SimpleQueue[tuple[str, float] | Stats | Counter[str] | None] = queue.SimpleQueue()
@@ -109,8 +110,13 @@ class Metrics:
         if self._counts:
             self._work.put(self._counts)
             self._counts = Counter()
-        if self._gauges and stats is not None:
-            self._work.put(stats)
+        if self._gauges:
+            if stats is not None:
+                self._work.put(stats)
+            elif self._stats is not None:  # the engine is gone: nothing is left of what it had
+                lost = self._stats
+                self._work.put(Stats(steps=lost.steps, max_active=lost.max_active, blocks_max=lost.blocks_max))
+            self._stats = stats
 
     def close(self) -> None:
         self._work.put(None)
