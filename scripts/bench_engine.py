@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measure the embedded engine alone (no Triton, no network) beside other ways to run the same model on this CPU.
 
     .venv/bin/python scripts/bench_engine.py --model random-7m

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Measure on a GPU what a serving path leaves of the engine's token rate, closed loop, streaming.
 
-    scripts/bench_gpu.py --precision fp8 --targets raw,vllm-4,roundhouse --streams 1,64,256,512
+    .venv/bin/python scripts/bench_gpu.py --precision fp8 --targets raw,vllm-4,roundhouse --streams 1,64,256,512
 
 Targets: `raw` (vLLM's engine core stepped without a server; requests are made ready between steps), `raw-attended` (the
 same, but while the GPU computes, as ours does behind a server), `vllm-1` and `vllm-4` (`vllm serve` with so many API
@@ -12,12 +11,12 @@ streams start at once, and each sends its next request when it has its answer. C
 same machine, which start together. With --side-by-side all servers are up at once, and each run of one is followed by
 one of the next, so that they share the GPU and the minutes:
 
-    scripts/bench_gpu.py --side-by-side --memory-fraction 0.3 --targets roundhouse,vllm-4,vllm-rust --streams 64,256
+    .venv/bin/python scripts/bench_gpu.py --side-by-side --memory-fraction 0.3 --targets roundhouse,vllm-4,vllm-rust
 
 and one of ours for each of --responses-per-second 4000,1000. With --client-cores the clients keep to these cores, and
 taskset keeps the servers off them:
 
-    taskset -c 0-9 scripts/bench_gpu.py --client-cores 10-15
+    taskset -c 0-9 .venv/bin/python scripts/bench_gpu.py --client-cores 10-15
 
 ROUNDHOUSE_ENGINE_PYTHON names the interpreter that has vLLM (default: this one). Writes
 docs/benchmarks/gpu-PRECISION.json, or gpu-PRECISION-side-by-side.json; what was not asked for keeps its figures there.

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measure the OpenAI-compatible front door: tokens that reach its clients, against those that the engine makes.
 
     .venv/bin/python scripts/bench_openai.py             # synthetic engine, 256 streams, 20,000 tokens/s, and 8 streams

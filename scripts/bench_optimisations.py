@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """Measure on a GPU what each optimisation of the vLLM engine gives, without a server: token ids in, token ids out.
 
-    scripts/bench_optimisations.py                            # everything: about 8 minutes on an H200
-    scripts/bench_optimisations.py --only base,fp8-kv         # some configurations; the others keep their figures
-    scripts/bench_optimisations.py --smoke --output /tmp/x    # the same on models/tiny, also on a CPU: is it in order?
-    scripts/bench_optimisations.py --only ''                  # only draw the plot again
+    .venv/bin/python scripts/bench_optimisations.py            # everything: about 8 minutes on an H200
+        --only base,fp8-kv         # some configurations; the others keep their figures
+        --smoke --output /tmp/x    # the same on models/tiny, also on a CPU: is it in order?
+        --only ''                  # only draw the plot again
 
 A configuration is one engine in a process of its own, and what is measured on it:
 

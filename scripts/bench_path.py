@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measure what the serving path costs: tokens that reach clients through a real Triton, against those the engine makes.
 
     .venv/bin/python scripts/bench_path.py capacity     # synthetic engine, 256 streams, 20,000 tokens/s
@@ -14,7 +13,6 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import os
 import random
 import statistics
 import subprocess
@@ -291,7 +289,7 @@ def embedded(args: argparse.Namespace) -> dict[str, Any]:
     deployment = {**EMBEDDED, "fronts": {"responses_per_second": args.responses_per_second}}
     for _ in range(args.repeats):
         for target, streams in ((runs, 64), (single, 1)):
-            target["engine alone"].append(alone(texts, streams, args.seconds))
+            target["engine alone"].append(alone(texts, streams, args.seconds, args.max_tokens))
         for model in MODELS:
             with running(deployment, model) as server:
                 grpc = server.target.address
@@ -327,13 +325,9 @@ def cpu_seconds(server: psutil.Process) -> Counter[str]:
     return used
 
 
-def alone(texts: list[str], streams: int, seconds: float) -> dict[str, float]:
+def alone(texts: list[str], streams: int, seconds: float, max_tokens: int) -> dict[str, float]:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_alone, (texts, streams, seconds, args_max_tokens()))
-
-
-def args_max_tokens() -> int:
-    return int(os.environ.get("BENCH_MAX_TOKENS", "256"))
+        return pool.apply(_alone, (texts, streams, seconds, max_tokens))
 
 
 def _alone(texts: list[str], streams: int, seconds: float, max_tokens: int) -> dict[str, float]:

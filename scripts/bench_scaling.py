@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Measure how many front instances it takes: tokens that reach clients, by front instances and streams.
 
-    scripts/bench_scaling.py                                          # about 5 minutes; wants 16 cores, needs no GPU
-    scripts/bench_scaling.py --fronts 1 --streams 64 --rate 5000      # a part of it
+    .venv/bin/python scripts/bench_scaling.py          # about 5 minutes; wants 16 cores, needs no GPU
+        --fronts 1 --streams 64 --rate 5000            # a part of it
 
 The synthetic engine makes 30,000 tokens a second, more than a Llama 3 8B on an H200, and computes nothing, so what is
 lost is lost on the way: engine process, fronts, Triton, gRPC, clients. Prompts have 512 tokens and answers 256, in a

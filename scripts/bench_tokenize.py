@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Measure what tokenising a prompt takes by `tokenizers` and by fastokens, and what the latter takes to load.
 
-    scripts/bench_tokenize.py
+    .venv/bin/python scripts/bench_tokenize.py
 
 Two tokenizers: models/tiny's (1,024 entries) on this repository's prose, and that of scripts/bench_gpu.py (128,256
 entries) on its made-up words, where no prompt is met twice, but words are. Writes docs/benchmarks/tokenize.json and

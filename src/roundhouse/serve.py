@@ -65,7 +65,10 @@ class Addresses:
             "metrics": (self.metrics_address, self.metrics_port),
             **({"openai": (self.openai_address, self.openai_port)} if openai else {}),
         }
+        taken: dict[tuple[str, int], str] = {}
         for name, address in wanted.items():
+            if (other := taken.setdefault(address, name)) != name:
+                raise ServeError(f"--{other}-port and --{name}-port are both {address[1]}; choose two")
             with socket.socket() as sock:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
@@ -128,6 +131,7 @@ class Server:
         Raises DeploymentError, TritonError or ServeError.
         """
         parsed = deployments.load(deployment)
+        _check_folders(deployment, parsed)
         triton = tritonserver.find()
         self._has_door = openai or parsed.openai is not None
         addresses.check(openai=self._has_door)
@@ -320,9 +324,9 @@ class Server:
                 if line in CRASHES:
                     self._crash = CRASHES[line]
                     self._end_crashed()
-                if line[:1] in "EW" or line.startswith(("engine: ", "error: ", "Traceback")):
+                if line.startswith(("E", "W", "engine: ", "error: ", "Traceback")):
                     self.errors.append(line)
-                if self._verbose or line.startswith("engine: ") or (line[:1] in "EW" and not _is_noise(line)):
+                if self._verbose or (line.startswith(("E", "W", "engine: ")) and not _is_noise(line)):
                     with suppress(OSError, ValueError):  # nobody reads it any more, or the disk is full: read on,
                         print(line, file=sys.stderr, flush=True)  # or Triton would stop at its next line
 
@@ -332,6 +336,23 @@ class Server:
         timer = threading.Timer(CRASH_SECONDS, self.process.kill)
         timer.daemon = True
         timer.start()
+
+
+def _check_folders(path: Path, deployment: deployments.Deployment) -> None:
+    """Raises DeploymentError if there is no model where the deployment, of the file `path`, has it.
+
+    Each of Triton's models would say so with a stack of its own.
+    """
+    model = deployment.model
+    for key, folder in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
+        if folder is not None and not Path(folder).is_dir():
+            raise deployments.DeploymentError(
+                f"{path}: {key}: there is no folder {folder}; relative paths start at the deployment file"
+            )
+    if deployment.engine.kind in ("transformers", "vllm") and not (Path(model.path) / "config.json").is_file():
+        raise deployments.DeploymentError(
+            f"{path}: model.path: {model.path} has no config.json; it must be a model folder as on Hugging Face"
+        )
 
 
 def _stub(process: psutil.Process) -> tuple[str, Path] | None:

@@ -333,4 +333,9 @@ def test_the_command_line_says_what_is_wrong(tmp_path: Path) -> None:
     assert run.exit_code == 0, run.output
     again = CliRunner().invoke(app, ["render", "k8s", path, "--output", folder, "--image", "roundhouse:local"])
     assert again.exit_code == 1
-    assert "File exists" in again.output
+    assert f"--output {folder}: File exists; name a new folder" in again.output
+    run = CliRunner().invoke(app, ["render", "k8s", path, "--output", "/proc/x", "--image", "roundhouse:local"])
+    assert run.exit_code == 1
+    assert "--output /proc/x: " in run.output
+    with pytest.raises(DeploymentError, match=r"--namespace Foo_Bar: must be lower-case"):
+        render(load("local-cpu"), tmp_path / "other", namespace="Foo_Bar")

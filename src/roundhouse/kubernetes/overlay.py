@@ -109,6 +109,8 @@ def render(
     `downloads`: repositories on Hugging Face, OWNER/NAME, that a Job in `target`/model-download is to fetch.
     Raises DeploymentError, naming the option, for what cannot be rendered, and FileExistsError.
     """
+    if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", namespace):
+        raise DeploymentError(f"--namespace {namespace}: must be lower-case letters, digits and '-', 63 at most")
     chosen = _chosen(components if deployment.openai is None else (*components, "openai"))
     if "openai" in chosen and deployment.openai is None:
         deployment = deployment.model_copy(update={"openai": OpenAi()})
