@@ -1,5 +1,8 @@
 """Apply an overlay, wait, stream an answer, delete the pod under load, count the streams that are lost.
 
+The pod gets SIGTERM when its preStop is over, and only streams that are open then say whether it drains. So the default
+is a synthetic engine that takes 40 s for an answer.
+
 Unproven: this has run against a stand-in of kubectl only (tests/k8s/fake_kubectl.py), never on a cluster.
 """
 
@@ -11,6 +14,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,9 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from roundhouse import deployment as deployments
+from roundhouse.kubernetes import overlay
+
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = "app.kubernetes.io/name=roundhouse,app.kubernetes.io/component=server"
 ENDS = ("stop", "length")  # finish reasons of whole answers
+TOKENS_PER_SECOND = 12.5  # of each stream of the overlay that is rendered here
 
 
 class SmokeError(Exception):
@@ -76,12 +84,13 @@ def _ready(pod: dict[str, Any]) -> bool:
 
 @dataclass
 class Stream:
-    """One streamed answer. `error` says why it is not whole."""
+    """One streamed answer. `error` says why it is not whole; `ended`: when, by time.monotonic()."""
 
     text: str = ""
     finish_reason: str = ""
     error: str = "no response"
     seconds_to_first_token: float = 0.0
+    ended: float = 0.0
     started: threading.Event = field(default_factory=threading.Event)
 
     def read(self, port: int, prompt: str, max_tokens: int) -> None:
@@ -100,6 +109,7 @@ class Stream:
         except (OSError, http.client.HTTPException) as error:
             self.error = f"connection lost: {type(error).__name__}"
         finally:
+            self.ended = time.monotonic()
             self.started.set()
 
 
@@ -116,8 +126,35 @@ def _events(port: int, prompt: str, max_tokens: int) -> Iterator[dict[str, Any]]
     connection.close()
 
 
-def drain(cluster: Cluster, pod: str, port: int, options: argparse.Namespace) -> list[Stream]:
-    """Delete the pod while streams are open, and read them to their end."""
+def render(folder: Path, options: argparse.Namespace) -> Path:
+    """Write the overlay of a server whose streams last --max-tokens / TOKENS_PER_SECOND seconds. Returns its folder."""
+    slow = {
+        "model": {"path": "models/tiny"},
+        "engine": {"kind": "synthetic", "tokens_per_second_per_sequence": TOKENS_PER_SECOND},
+        "limits": {"max_batch_size": options.streams},
+    }
+    deployment = deployments.parse(slow, source="k8s-smoke", base=ROOT)
+    overlay.render(deployment, folder / "overlay", image=overlay.LOCAL_IMAGE, namespace=options.namespace)
+    return folder / "overlay"
+
+
+def pre_stop_seconds(deployment: dict[str, Any]) -> float:
+    """From the deletion of a pod to its SIGTERM: how long preStop takes. Raises SmokeError."""
+    (server,) = [c for c in deployment["spec"]["template"]["spec"]["containers"] if c["name"] == "server"]
+    match server.get("lifecycle", {}).get("preStop"):
+        case None:
+            return 0.0
+        case {"exec": {"command": ["/bin/sleep", seconds]}}:
+            return float(seconds)
+    raise SmokeError("deployment/roundhouse: preStop is not `/bin/sleep SECONDS`; nobody knows when SIGTERM comes")
+
+
+def drain(cluster: Cluster, pod: str, port: int, options: argparse.Namespace) -> tuple[list[Stream], float]:
+    """Delete the pod while streams are open, and read them to their end.
+
+    Returns them and when the pod gets SIGTERM at the earliest, by time.monotonic().
+    """
+    pre_stop = pre_stop_seconds(json.loads(cluster.run("get", "deployment", "roundhouse", "--output=json")))
     streams = [Stream() for _ in range(options.streams)]
     threads = [
         threading.Thread(target=stream.read, args=(port, options.prompt, options.max_tokens)) for stream in streams
@@ -126,12 +163,13 @@ def drain(cluster: Cluster, pod: str, port: int, options: argparse.Namespace) ->
         thread.start()
     for stream in streams:
         stream.started.wait(timeout=120)
-    print(f"deleting {pod} under {len(streams)} open streams")
+    print(f"deleting {pod} under {len(streams)} open streams; it gets SIGTERM in {pre_stop:g} s")
     cluster.run("delete", "pod", pod, "--wait=false")
+    sigterm = time.monotonic() + pre_stop
     while still_open := sum(thread.is_alive() for thread in threads):
         print(f"open streams: {still_open}", flush=True)
         time.sleep(1.0)
-    return streams
+    return streams, sigterm
 
 
 def lost(streams: list[Stream], expected: str) -> list[str]:
@@ -143,21 +181,35 @@ def lost(streams: list[Stream], expected: str) -> list[str]:
     ]
 
 
+def check_open(streams: list[Stream], sigterm: float) -> None:
+    """Raises SmokeError if a stream had ended before the pod got SIGTERM, which is by time.monotonic()."""
+    if early := sum(stream.ended < sigterm for stream in streams):
+        raise SmokeError(
+            f"proves nothing: {early} of {len(streams)} streams had ended before the pod got SIGTERM; "
+            "answers must be longer: --max-tokens"
+        )
+
+
 def smoke(cluster: Cluster, options: argparse.Namespace) -> int:
     """Returns the exit code: 0 if nothing was lost. Raises SmokeError."""
-    print(cluster.run("apply", "-k", str(options.overlay)), end="")
+    with tempfile.TemporaryDirectory() as folder:
+        applied = options.overlay or render(Path(folder), options)
+        print(cluster.run("apply", "-k", str(applied)), end="")
     cluster.rolled_out(options.timeout)
     pods = cluster.ready_pods()
     if not pods:
         raise SmokeError(f"no pod is ready: kubectl --namespace {cluster.namespace} describe pods")
     with cluster.forwarded(pods[0]) as port:
+        print(f"streaming an answer of {pods[0]}", flush=True)
         first = Stream()
         first.read(port, options.prompt, options.max_tokens)
         if first.error:
             raise SmokeError(f"{pods[0]}: the first answer failed: {first.error}")
         print(f"answer of {pods[0]} after {1e3 * first.seconds_to_first_token:.0f} ms: {first.text.strip()[:70]}")
-        streams = drain(cluster, pods[0], port, options)
+        streams, sigterm = drain(cluster, pods[0], port, options)
     failures = lost(streams, first.text)
+    if not failures:
+        check_open(streams, sigterm)
     cluster.rolled_out(options.timeout)
     replaced = [name for name in cluster.ready_pods() if name != pods[0]]
     if not replaced:
@@ -168,19 +220,25 @@ def smoke(cluster: Cluster, options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def main(arguments: list[str]) -> int:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--overlay", type=Path, default=ROOT / "k8s/overlays/local-cpu", help="folder to apply")
+    parser.add_argument("--overlay", type=Path, help="folder to apply instead of one with a slow synthetic engine")
     parser.add_argument("--namespace", default="roundhouse", help="that of the overlay")
     parser.add_argument("--context", default=None, help="of the kubeconfig; default: the current one")
     parser.add_argument("--streams", type=int, default=16, help="open while the pod is deleted")
     parser.add_argument("--prompt", default="count from 1 to 120:")
-    parser.add_argument("--max-tokens", type=int, default=500)
+    parser.add_argument(
+        "--max-tokens", type=int, default=500, help=f"of an answer; without --overlay, {TOKENS_PER_SECOND:g} a second"
+    )
     parser.add_argument("--timeout", type=int, default=600, help="seconds for each rollout")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
     try:
         return smoke(Cluster(options.namespace, options.context), options)
-    except (SmokeError, FileNotFoundError) as error:
+    except (SmokeError, deployments.DeploymentError, FileNotFoundError) as error:
         print(f"k8s-smoke: {error}", file=sys.stderr)
         return 1
 

@@ -1,7 +1,7 @@
 """A stand-in for kubectl and a cluster of one node: it runs the server of an overlay as a process of this machine.
 
-It keeps to what scripts/k8s_smoke.py sees of a cluster: a pod that is deleted goes on for a moment, gets SIGTERM, and
-another one comes. State lies in $FAKE_CLUSTER; with $FAKE_CLUSTER_KILLS set pods are killed and not asked to end.
+It keeps to what scripts/k8s_smoke.py sees of a cluster: a pod that is deleted runs its preStop, gets SIGTERM, and
+another one comes. State lies in $FAKE_CLUSTER; with $FAKE_CLUSTER_KILLS set pods die at SIGTERM and do not drain.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ import yaml
 
 STATE = Path(os.environ["FAKE_CLUSTER"])
 ROOT = Path(__file__).resolve().parents[2]
-PRE_STOP = 1.0  # seconds; real pods take those of the manifest
+PRE_STOP = "1"  # seconds: what Deployments get instead of their own, as tests are in a hurry
 
 
 def main(arguments: list[str]) -> int:
@@ -36,6 +34,8 @@ def main(arguments: list[str]) -> int:
             apply(folder)
         case ["rollout", "status", "deployment/roundhouse"]:
             wait_ready()
+        case ["get", "deployment", "roundhouse"]:
+            print((STATE / "server.json").read_text())
         case ["get", "pods"]:
             print(json.dumps({"items": [described(pod) for pod in pods()]}))
         case ["port-forward", target, ":8000"]:
@@ -43,6 +43,9 @@ def main(arguments: list[str]) -> int:
             print(f"Forwarding from 127.0.0.1:{pod['port']} -> 8000", flush=True)
             signal.pause()
         case ["delete", "pod", name]:
+            (pod,) = [pod for pod in pods() if pod["name"] == name]
+            write({**pod, "ending": True})
+            start(pod["number"] + 1)
             subprocess.Popen([sys.executable, __file__, "end", name], stdout=subprocess.DEVNULL, start_new_session=True)
         case ["end", name]:
             end(name)
@@ -60,26 +63,36 @@ def apply(folder: str) -> None:
     (config,) = [o for o in objects if o["kind"] == "ConfigMap"]
     text = config["data"]["deployment.yaml"].replace("/opt/roundhouse", str(ROOT))
     (STATE / "deployment.yaml").write_text(text)
+    server["spec"]["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1] = PRE_STOP
     (STATE / "server.json").write_text(json.dumps(server))
     start(0)
     for o in objects:
         print(f"{o['kind'].lower()}/{o['metadata']['name']} created")
 
 
+def container() -> dict[str, Any]:
+    """That of the Deployment."""
+    return json.loads((STATE / "server.json").read_text())["spec"]["template"]["spec"]["containers"][0]
+
+
 def start(number: int) -> None:
-    """Start a pod: the server's own command line, on ports of its own."""
-    container = json.loads((STATE / "server.json").read_text())["spec"]["template"]["spec"]["containers"][0]
+    """Start a pod: the server's own command line, on ports and with a ready file of its own."""
     with socket.socket() as one, socket.socket() as two, socket.socket() as three:
         for sock in (one, two, three):
             sock.bind(("127.0.0.1", 0))
         http, grpc, metrics = (sock.getsockname()[1] for sock in (one, two, three))
-    ports = {"--http-port": http, "--grpc-port": grpc, "--metrics-port": metrics}
-    command = [sys.executable, "-m", "roundhouse.cli", *container["command"][1:], "--log-verbose"]
+    own = {
+        "--http-port": http,
+        "--grpc-port": grpc,
+        "--metrics-port": metrics,
+        "--ready-file": STATE / f"roundhouse-{number}.ready",
+    }
+    command = [sys.executable, "-m", "roundhouse.cli", *container()["command"][1:], "--log-verbose"]
     command[command.index("/deployment/deployment.yaml")] = str(STATE / "deployment.yaml")
     for index, argument in enumerate(command):
         name = argument.split("=")[0]
-        if name in ports:
-            command[index] = f"{name}={ports[name]}"
+        if name in own:
+            command[index] = f"{name}={own[name]}"
         elif name.endswith("-address"):
             command[index] = f"{name}=127.0.0.1"
     with (STATE / f"log-{number}").open("w") as log:
@@ -90,14 +103,14 @@ def start(number: int) -> None:
 
 def end(name: str) -> None:
     (pod,) = [pod for pod in pods() if pod["name"] == name]
-    write({**pod, "ending": True})
-    start(pod["number"] + 1)
-    time.sleep(PRE_STOP)
-    if "FAKE_CLUSTER_KILLS" in os.environ:
-        for process in [psutil.Process(pod["pid"]), *psutil.Process(pod["pid"]).children(recursive=True)]:
-            process.kill()
-    else:
-        os.kill(pod["pid"], signal.SIGTERM)
+    subprocess.run(container()["lifecycle"]["preStop"]["exec"]["command"], check=True)
+    with suppress(psutil.NoSuchProcess):  # the test is over
+        server = psutil.Process(pod["pid"])
+        if "FAKE_CLUSTER_KILLS" in os.environ:
+            for process in [server, *server.children(recursive=True)]:
+                process.kill()
+        else:
+            server.terminate()
     while alive(pod["pid"]):
         time.sleep(0.05)
     (STATE / f"{name}.pod").unlink()
@@ -114,10 +127,8 @@ def wait_ready() -> None:
 
 
 def is_ready(pod: dict[str, Any]) -> bool:
-    with suppress(urllib.error.URLError, OSError):
-        urllib.request.urlopen(f"http://127.0.0.1:{pod['port']}/v2/health/ready", timeout=2).close()
-        return not pod["ending"]
-    return False
+    """As the readiness probe has it."""
+    return (STATE / f"{pod['name']}.ready").exists() and not pod["ending"]
 
 
 def described(pod: dict[str, Any]) -> dict[str, Any]:
