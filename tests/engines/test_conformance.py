@@ -8,7 +8,7 @@ import time
 import pytest
 
 from roundhouse.engine.base import Engine, RequestError
-from roundhouse.engine.protocol import ErrorCode, Feature, FinishReason, Guide, Sampling
+from roundhouse.engine.protocol import ErrorCode, Feature, FinishReason, Guide, Retention, RetentionRange, Sampling
 from tests.engines.conftest import (
     GREEDY,
     HAS_VLLM,
@@ -482,6 +482,11 @@ def test_the_least_recently_used_prefix_goes_first(make: Make) -> None:
 
 # --- refusals -------------------------------------------------------------------------------------------------------
 
+
+def kept(*ranges: tuple[int, int]) -> Retention:
+    return Retention(tuple(RetentionRange(start, end, 50) for start, end in ranges))
+
+
 BAD = {
     "empty prompt": ({"prompt": ()}, "prompt"),
     "max_tokens 0": ({"max_tokens": 0}, "max_tokens: 0"),
@@ -504,6 +509,9 @@ BAD = {
     "bad word outside": ({"sampling": Sampling(bad_words=((VOCAB_SIZE,),))}, "bad_words"),
     "bias outside": ({"sampling": Sampling(logit_bias={VOCAB_SIZE: 1.0})}, "logit_bias"),
     "nan bias": ({"sampling": Sampling(logit_bias={3: float("nan")})}, "logit_bias"),
+    "overlapping retention": ({"retention": kept((5, 20), (0, 10))}, "retention range end: 10 of the range from 0"),
+    "retention of the rest, and more": ({"retention": kept((0, -1), (5, 9))}, "retention range end: -1 of the range"),
+    "retention of one range twice": ({"retention": kept((0, 9), (0, 9))}, "leave one of the two out"),
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +52,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return build_other(folder, OTHERS[request.param])
 
 
-def build_other(folder: Path, kind: type[transformers.PretrainedConfig]) -> Path:
+def build_other(folder: Path, kind: type[transformers.PretrainedConfig], **changes: object) -> Path:
     torch.manual_seed(1)
     settings = {
         "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -59,7 +61,7 @@ def build_other(folder: Path, kind: type[transformers.PretrainedConfig]) -> Path
     }  # fmt: skip
     if kind.model_type in WINDOWED:
         settings["sliding_window"] = 24
-    transformers.AutoModelForCausalLM.from_config(kind(**settings)).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(kind(**settings, **changes)).save_pretrained(folder)
     return folder
 
 
@@ -200,6 +202,59 @@ def test_no_weights_there(tmp_path: Path, random_model: Path) -> None:
 def test_max_seq_len_beyond_the_model(random_model: Path) -> None:
     with pytest.raises(EngineError, match=r"limits\.max_seq_len: 513 exceeds the model's 512"):
         EmbeddedEngine(EmbeddedConfig(model=random_model, max_seq_len=513))
+
+
+def rope(kind: str) -> dict[str, object]:
+    """For heads of 16; `longrope` with 64 original tokens."""
+    longrope = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
+    return {"rope_type": kind, "rope_theta": 10000.0, "factor": 8.0, **(longrope if kind == "longrope" else {})}
+
+
+@pytest.mark.parametrize("kind", ["flat", "by layer type"])
+def test_longrope_is_served_up_to_its_original_length(tmp_path: Path, kind: str) -> None:
+    """Beyond, transformers takes other frequencies for a whole step: a long request changed its neighbours' answers."""
+    if kind == "flat":
+        build_model(tmp_path, head_dim=16, rope_parameters=rope("longrope"))
+    else:
+        default = {"rope_type": "default", "rope_theta": 10000.0}
+        by_type = {"sliding_attention": default, "full_attention": rope("longrope")}
+        build_other(
+            tmp_path,
+            transformers.Gemma3TextConfig,
+            rope_parameters=by_type,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    for length in (None, 65):
+        with pytest.raises(EngineError, match=rf"limits\.max_seq_len: {length or 512} exceeds 64, .* set 64 or less"):
+            EmbeddedEngine(EmbeddedConfig(model=tmp_path, max_seq_len=length))
+    engine = EmbeddedEngine(EmbeddedConfig(model=tmp_path, max_seq_len=64))
+    one = request(1, prompt=prompt(1, 30), max_tokens=30)
+    assert run_one(engine, one).tokens == reference(tmp_path, one.prompt, 30)[0]
+
+
+def test_dynamic_rope_is_served_up_to_where_it_changes(tmp_path: Path) -> None:
+    build_model(tmp_path, head_dim=16, rope_parameters=rope("dynamic"))
+    with pytest.raises(EngineError, match=r"limits\.max_seq_len: 513 exceeds the model's 512"):
+        EmbeddedEngine(EmbeddedConfig(model=tmp_path, max_seq_len=513))
+    engine = EmbeddedEngine(EmbeddedConfig(model=tmp_path, reuse=False))
+    long, short = request(1, prompt=prompt(1, 482), max_tokens=30), request(2, max_tokens=30)
+    alone = {each.id: run_one(engine, each).tokens for each in (short, long)}
+    assert {i: answer.tokens for i, answer in run(engine, long, short).items()} == alone
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "own"}, {}], ids=["its own code", "code that transformers has"])
+def test_no_code_of_a_model_folder_is_run(tmp_path: Path, random_model: Path, changes: dict[str, str]) -> None:
+    shutil.copytree(random_model, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "auto_map": own, **changes}))
+    raw = {"model": {"path": str(tmp_path), "trust_remote_code": True}, "engine": {"kind": "transformers"}}
+    deployment = parse(raw, source="test", base=tmp_path)
+    if not changes:
+        assert len(run_one(load_engine(deployment), request(1)).tokens) == 8
+        return
+    with pytest.raises(EngineError, match=r"^model\.trust_remote_code: the embedded engine .* use engine\.kind: vllm$"):
+        load_engine(deployment)
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}

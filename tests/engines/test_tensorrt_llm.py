@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from roundhouse.engine import checks
 from roundhouse.engine.base import EngineError, RequestError
 from roundhouse.engine.protocol import (
     ErrorCode,
@@ -293,7 +294,10 @@ def test_a_large_batch_drafts_nothing(build: Built) -> None:
     assert all(len(answer.tokens) == 20 for answer in answers.values())
 
 
-@pytest.mark.parametrize("fields", [{"log_probs": True}, {"sampling": Sampling(seed=3)}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"log_probs": True}, {"sampling": Sampling(seed=3)}, {"sampling": Sampling()}, {"sampling": Sampling(top_k=5)}],
+)
 def test_what_drafting_would_change_is_not_drafted(build: Built, fields: dict[str, Any]) -> None:
     perf = run_one(build.drafting(), request(1, max_tokens=20, **fields)).last.perf
     assert perf is not None
@@ -378,6 +382,37 @@ def test_log_probs_are_those_of_the_new_tokens(build: Built, random_model: Path)
     one = request(1, max_tokens=20, log_probs=True)
     assert run_one(build(), one).log_probs == pytest.approx(run_one(embedded, one).log_probs, abs=1e-4)
     embedded.close()
+
+
+@pytest.mark.parametrize("drafting", [False, True])
+def test_what_the_executor_refuses_ends_alone(build: Built, monkeypatch: pytest.MonkeyPatch, drafting: bool) -> None:
+    """If our checks let something through, then neither the process nor another request pays for it."""
+    engine = build.drafting() if drafting else build()
+    monkeypatch.setattr(checks, "check", lambda *_: None)
+    wrong = request(2, retention=Retention((RetentionRange(0, 10, 50), RetentionRange(5, 20, 50))))
+    engine.submit(request(1, max_tokens=20))
+    if drafting:  # the target gets it later, from `step`
+        engine.submit(wrong)
+    else:
+        with pytest.raises(RequestError, match="refuses the request: Token ranges must be non-overlapping"):
+            engine.submit(wrong)
+    answers = drain(engine)
+    assert len(answers[1].tokens) == 20
+    if drafting:
+        error = answers[2].last.error
+        assert error is not None
+        assert error.message == "the executor refuses to go on: Token ranges must be non-overlapping."
+    assert (engine.stats().active, engine.stats().blocks_used) == (0, 0)
+
+
+def test_a_request_that_trips_over_a_bug_of_ours_leaves_no_trace(build: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build()
+    with monkeypatch.context() as patch:
+        patch.setattr(requests, "executor_request", lambda *_: trtllm.Request("text", 1))
+        with pytest.raises(TypeError):  # which the engine process reports as a bug
+            engine.submit(request(1))
+    assert engine.unfinished() == 0
+    assert len(run_one(engine, request(1)).tokens) == 8
 
 
 def test_wrong_answers_over_reused_fp8_blocks_fail_the_start(build: Built) -> None:

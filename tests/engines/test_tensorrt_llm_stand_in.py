@@ -73,6 +73,19 @@ def test_wrong_arguments_raise_as_the_binding_does(case: str) -> None:
         WRONG[case]()
 
 
+def test_retention_ranges_must_not_overlap() -> None:
+    def kept(*ranges: tuple[int, int | None]) -> list[int]:
+        make = trtllm.KvCacheRetentionConfig.TokenRangeRetentionConfig
+        made = trtllm.KvCacheRetentionConfig([make(start, end, 50) for start, end in ranges])
+        return [each.token_start for each in made.token_range_retention_configs]
+
+    assert kept((50, 100), (30, 50), (100, None)) == [30, 50, 100]
+    with pytest.raises(ValueError, match="Token ranges must be non-overlapping"):
+        kept((50, 100), (30, 51))
+    with pytest.raises(ValueError, match="Invalid use of end indicator"):
+        kept((30, 50), (0, None))
+
+
 def test_defaults_and_properties() -> None:
     config = trtllm.ExecutorConfig()
     assert config.enable_chunked_context is False

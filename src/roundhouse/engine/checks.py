@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 
 from roundhouse.engine.base import RequestError
 from roundhouse.engine.protocol import EngineInfo, ErrorCode, Feature, Request, Retention, Sampling
@@ -34,10 +35,12 @@ def _check_lengths(request: Request, info: EngineInfo) -> None:
     if request.max_tokens < 1:
         _refuse(f"max_tokens: {request.max_tokens} is not allowed; it must be at least 1")
     if prompt + request.max_tokens > info.max_seq_len:
-        room = info.max_seq_len - prompt
-        way_out = (
-            f"ask for at most {room} tokens" if room > 0 else f"shorten it to {info.max_seq_len - 1} tokens or less"
-        )
+        if prompt < info.max_seq_len:
+            way_out = f"ask for at most {info.max_seq_len - prompt} tokens"
+        elif request.max_tokens < info.max_seq_len:
+            way_out = f"shorten the prompt to {info.max_seq_len - request.max_tokens} tokens or less"
+        else:
+            way_out = "shorten the prompt, and ask for fewer max_tokens"
         _refuse(
             f"prompt + max_tokens: {prompt} + {request.max_tokens} tokens exceed max_seq_len {info.max_seq_len}; "
             f"{way_out}"
@@ -89,6 +92,12 @@ def _check_retention(retention: Retention) -> None:
         _check_number("retention range end", each.end, after, f"more than its start ({each.start}), or -1 for the rest")
         _check_number("retention range priority", each.priority, each.priority in PRIORITIES, "0 to 100")
         _check_number("retention range duration_ms", each.duration_ms, each.duration_ms >= -1, "-1 (for ever) or more")
+    for each, following in pairwise(sorted(retention.ranges, key=lambda range_: range_.start)):
+        if each.end == -1 or each.end > following.start:
+            _refuse(
+                f"retention range end: {each.end} of the range from {each.start} reaches into the one from "
+                f"{following.start}; end it there, or leave one of the two out"
+            )
     _check_number(
         "retention decode priority", retention.decode_priority, retention.decode_priority in PRIORITIES, "0 to 100"
     )

@@ -16,6 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -67,6 +68,22 @@ class Response(M["Response"]):  # type: ignore[misc]
         if name == "error_msg" and error is None:
             raise RuntimeError("cannot get the error of a response that has none")
         return super().__getattribute__(name)
+
+
+class KvCacheRetentionConfig(M["KvCacheRetentionConfig"]):  # type: ignore[misc]
+    """Sorts its ranges; none may reach into the next."""
+
+    TokenRangeRetentionConfig = M["KvCacheRetentionConfig.TokenRangeRetentionConfig"]
+
+    @wraps(M["KvCacheRetentionConfig"].__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.token_range_retention_configs = sorted(self.token_range_retention_configs, key=lambda r: r.token_start)
+        for each, following in pairwise(self.token_range_retention_configs):
+            if each.token_end is None:
+                raise ValueError("Invalid use of end indicator.")
+            if each.token_end > following.token_start:
+                raise ValueError("Token ranges must be non-overlapping.")
 
 
 @dataclass

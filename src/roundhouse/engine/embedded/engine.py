@@ -46,7 +46,7 @@ class EmbeddedEngine(Engine):
         model = models.load(config)
         weights = sum(parameter.numel() for parameter in model.parameters())
         text = model.config.get_text_config()
-        max_seq_len = _max_seq_len(config, getattr(text, "max_position_embeddings", None))
+        max_seq_len = _max_seq_len(config, getattr(text, "max_position_embeddings", None), models.steady_length(text))
         half = config.kv_dtype == "bfloat16" or (config.kv_dtype == "auto" and model.dtype == torch.bfloat16)
         shape = models.shape(model)
         num_blocks = _num_blocks(config, max_seq_len, shape.block_bytes(config.tokens_per_block, half=half))
@@ -124,14 +124,18 @@ class EmbeddedEngine(Engine):
         del self._runner
 
 
-def _max_seq_len(config: EmbeddedConfig, own: int | None) -> int:
+def _max_seq_len(config: EmbeddedConfig, own: int | None, steady: int | None) -> int:
     if own is None:
         raise EngineError("model.path: its config has no max_position_embeddings; the embedded engine cannot run it")
-    if config.max_seq_len is None:
-        return own
-    if config.max_seq_len > own:
-        raise EngineError(f"limits.max_seq_len: {config.max_seq_len} exceeds the model's {own}; lower it")
-    return config.max_seq_len
+    length = own if config.max_seq_len is None else config.max_seq_len
+    if length > own:
+        raise EngineError(f"limits.max_seq_len: {length} exceeds the model's {own}; lower it")
+    if steady is not None and length > steady:
+        raise EngineError(
+            f"limits.max_seq_len: {length} exceeds {steady}, beyond which this model's RoPE (longrope) changes for all "
+            f"sequences of a step; set {steady} or less, or use engine.kind: vllm"
+        )
+    return length
 
 
 def _num_blocks(config: EmbeddedConfig, max_seq_len: int, block_bytes: int) -> int:

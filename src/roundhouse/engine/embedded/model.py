@@ -37,6 +37,10 @@ def load(config: EmbeddedConfig) -> Any:
             trust_remote_code=False,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
+        if "trust_remote_code" in str(error):  # what transformers asks for where it lacks the model's code itself
+            raise EngineError(
+                "model.trust_remote_code: the embedded engine runs no code of a model folder; use engine.kind: vllm"
+            ) from error
         raise EngineError(f"model.path: {folder} cannot be loaded: {error}") from error
     model.train(False)
     _check_layers(model.config.get_text_config())
@@ -51,6 +55,20 @@ def shape(model: Any) -> Shape:
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+
+
+def steady_length(config: Any) -> int | None:
+    """Up to which a position's RoPE is always the same; None is any length.
+
+    Beyond the original length of longrope, transformers takes other frequencies for all tokens of a step, by its
+    longest sequence. Those of `dynamic` change only beyond max_position_embeddings, which no sequence exceeds here.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # one, or one for each layer type
+    return min(
+        (each["original_max_position_embeddings"] for each in kinds if each.get("rope_type") == "longrope"),
+        default=None,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -56,6 +56,7 @@ REASONS = {
     trtllm.FinishReason.TIMED_OUT: FinishReason.TIMEOUT,
     trtllm.FinishReason.CANCELLED: FinishReason.CANCELLED,
 }
+REFUSALS = (RuntimeError, ValueError)  # of the executor, and of the constructors of what it is given
 WAIT = timedelta(milliseconds=2)  # the longest that a new request waits for a step to end; the executor counts in ms
 NO_WAIT = timedelta(0)
 NEVER = 2**63 - 1
@@ -135,8 +136,10 @@ class TensorrtLlmEngine(Engine):
             return
         try:
             self._start(sequence)
-        except RuntimeError as error:  # the executor's own checks
+        except Exception as error:
             del self._live[request.id]
+            if not isinstance(error, REFUSALS):
+                raise
             message = f"the executor refuses the request: {_line(error)}"
             raise RequestError(ErrorCode.INVALID_ARGUMENT, message) from error
         self._totals.prompt_tokens += len(request.prompt)
@@ -160,11 +163,11 @@ class TensorrtLlmEngine(Engine):
         else:
             self._ask_target(sequence)
 
-    def _go_on(self, sequence: Sequence) -> None:
-        """Start the next round of an answer that has begun."""
+    def _go_on(self, sequence: Sequence, step: Callable[[Sequence], None]) -> None:
+        """Take the next step of a request that was accepted; what fails there ends this one alone."""
         try:
-            self._start(sequence)
-        except RuntimeError as error:
+            step(sequence)
+        except Exception as error:
             self._fail(sequence, f"the executor refuses to go on: {_line(error)}")
 
     def _ask_target(self, sequence: Sequence) -> None:
@@ -252,7 +255,7 @@ class TensorrtLlmEngine(Engine):
         sequence.drafts = tokens[: sequence.part.drafts]
         if not sequence.drafts:  # nothing to check: the target goes on alone
             sequence.part = Round(1, min(sequence.part.min_tokens, 1))
-        self._ask_target(sequence)
+        self._go_on(sequence, self._ask_target)
 
     def _take(self, sequence: Sequence, response: Any) -> None:
         final = response.has_error() or response.result.is_final
@@ -290,7 +293,7 @@ class TensorrtLlmEngine(Engine):
         if cut is not None:
             self._end(sequence, FinishReason.STOP)
         elif final:
-            self._go_on(sequence)
+            self._go_on(sequence, self._start)
 
     def _count(self, sequence: Sequence, tokens: list[int]) -> None:
         if sequence.drafts:

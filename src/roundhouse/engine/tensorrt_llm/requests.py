@@ -41,6 +41,7 @@ def executor_request(
     """The request for one part of an answer, of which `generated` is there already.
 
     Tokens are streamed, unless the target checks `drafts`: then they come together. `vocab_size`: that of the logits.
+    A client's own draft tokens are checked for a sample too, and TensorRT-LLM then favours them (see rounds.py).
     """
     bad_words = [*map(list, request.sampling.bad_words), *([token] for token in part.masked)]
     checked = drafts or list(request.draft_tokens[: part.tokens - 1] if not generated else ())
@@ -69,7 +70,7 @@ def executor_request(
 def draft_request(request: Request, generated: list[int], part: Round, end_id: int | None, vocab_size: int) -> Any:
     """The draft model's guess at the next tokens: its most likely ones, by the rules of the request."""
     proposal = Round(part.drafts, min(part.min_tokens, part.drafts))
-    sampling = _sampling_config(request, proposal, len(generated), greedy=True)
+    sampling = _sampling_config(request, proposal, len(generated))
     return trtllm.Request(
         [*request.prompt, *generated],
         part.drafts,
@@ -95,13 +96,12 @@ def salt_id(salt: str) -> int | None:
     return int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=8).digest(), "little") if salt else None
 
 
-def _sampling_config(request: Request, part: Round, generated: int, *, greedy: bool = False) -> Any:
+def _sampling_config(request: Request, part: Round, generated: int) -> Any:
     """Greedy is top_k 1: the executor has no temperature 0. Without a seed it would draw the same sample each time.
 
     Its presence and frequency penalties count the prompt too, unless told its length.
     """
-    sampling = request.sampling
-    greedy = greedy or sampling.greedy
+    sampling, greedy = request.sampling, request.sampling.greedy
     counted = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
     seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else (sampling.seed + generated) % 2**64
     return trtllm.SamplingConfig(

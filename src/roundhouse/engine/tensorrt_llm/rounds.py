@@ -50,15 +50,16 @@ def next_round(request: Request, ends: tuple[int, ...], generated: int, *, draft
 def draftable(request: Request) -> bool:
     """Whether an answer may be made in rounds of drafts without being another answer.
 
-    A seed's noise depends on how the rounds fall, a guide and an adapter are not the draft model's, and the target
-    reports no log probabilities of tokens that were accepted.
+    A sample would be pulled towards the drafts: TensorRT-LLM draws a token, and where that is not the draft's, draws
+    again from the same probabilities, since it gets no logits of the draft. A guide and an adapter are not the draft
+    model's, and the target reports no log probabilities of tokens that were accepted.
     """
     return not (
         request.guide is not None
         or request.lora_id
         or request.log_probs
         or request.draft_tokens
-        or (request.sampling.seed is not None and not request.sampling.greedy)
+        or not request.sampling.greedy
     )
 
 

@@ -8,5 +8,6 @@ for _name, _member in _library.LIBRARY.members.items():
     if "." not in _name:
         globals()[_name] = _member
 Executor = _executor.Executor
+KvCacheRetentionConfig = _executor.KvCacheRetentionConfig
 Response = _executor.Response
 IterationStats = _executor.IterationStats
