@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from roundhouse import deployment as deployments
-from roundhouse.deployment import DeploymentError, TransformersEngine
+from roundhouse.deployment import DeploymentError, TransformersEngine, VllmEngine
 
 SHIPPED = sorted((Path(__file__).parents[1] / "deployments").glob("*.yaml"))
 SMALL: dict[str, Any] = {"model": {"path": "m"}, "engine": {"kind": "transformers"}}
@@ -29,13 +29,23 @@ def test_paths_start_at_the_file() -> None:
     assert parsed.model.path == "/base/m"
     assert parsed.model.tokenizer == "/base/m"
     assert isinstance(parsed.engine, TransformersEngine)
+    adapted = parse(engine={"kind": "vllm", "lora": {7: "adapters/a", 8: "/b"}})
+    assert isinstance(adapted.engine, VllmEngine)
+    assert adapted.engine.lora == {7: "/base/adapters/a", 8: "/b"}
+
+
+def test_the_policy_is_the_engines_own_unless_the_file_says_one() -> None:
+    assert parse().scheduling.policy == "guaranteed_no_evict"
+    assert parse(engine={"kind": "vllm"}).scheduling.policy == "max_utilization"
+    said = parse(engine={"kind": "vllm"}, scheduling={"chunked_prefill": False}).scheduling
+    assert (said.policy, said.chunked_prefill) == ("max_utilization", False)
 
 
 DRAFT = {"method": "draft_target", "draft_model": "d"}
 
 
 def vllm(**keys: Any) -> dict[str, Any]:
-    return {"engine": {"kind": "vllm", **keys}, "scheduling": {"policy": "max_utilization"}}
+    return {"engine": {"kind": "vllm", **keys}}
 
 
 @pytest.mark.parametrize(
@@ -52,12 +62,26 @@ def vllm(**keys: Any) -> dict[str, Any]:
         ({"engine": {"kind": "transformers", "thread": 2}}, "engine.thread: unknown key; did you mean 'threads'?"),
         ({"precision": {"weights": "fp8"}}, "precision.weights: engine transformers cannot do 'fp8'"),
         ({"kv_cache": {"tokens": 8}}, "kv_cache.tokens: 8 is less than one block"),
-        ({"kv_cache": {"partial_reuse": True}}, "kv_cache.partial_reuse: engine transformers cannot do this"),
+        (
+            {"kv_cache": {"partial_reuse": True}},
+            "kv_cache.partial_reuse: engine transformers cannot do this; remove the key, or choose engine tensorrt_llm",
+        ),
+        ({"gpu": {"product": "NVIDIA-H200"}}, "or choose engine tensorrt_llm or vllm"),
+        ({"speculative": DRAFT}, "or choose engine tensorrt_llm or vllm"),
+        ({"scheduling": {"policy": "max_utilization"}}, "or choose engine tensorrt_llm or vllm"),
         ({"serving": {"ensemble": "fast"}}, "serving.ensemble"),
         ({"slo": {"ttft_ms": 5}}, "slo.itl_ms: missing"),
         ({"gpu": {"product": "H200", "count": 2, "tensor_parallel": 1}}, "gpu.tensor_parallel: 1 is not gpu.count"),
         ({"engine": {"kind": "tensorrt_llm", "path": "e"}}, "gpu: missing"),
-        ({"engine": {"kind": "vllm"}}, "scheduling.policy: vLLM admits what fits now"),
+        (
+            {**vllm(), "scheduling": {"policy": "guaranteed_no_evict"}},
+            "scheduling.policy: vLLM admits what fits now",
+        ),
+        ({**vllm(), "scheduling": None}, "scheduling: "),
+        (
+            vllm(ngram={"draft_token": 3}),
+            "engine.ngram.draft_token: unknown key; did you mean 'draft_tokens'? (allowed: draft_tokens, match_tokens)",
+        ),
         (vllm(memory_fractions=0.9), "engine.memory_fractions: unknown key; did you mean 'memory_fraction'?"),
         (vllm(memory_fraction=1.5), "engine.memory_fraction"),
         (vllm(lora={0: "a"}), "engine.lora.0"),
@@ -105,6 +129,29 @@ def test_what_is_no_deployment_is_refused(tmp_path: Path, text: str, says: str) 
         deployments.load(path)
     with pytest.raises(DeploymentError, match="cannot be read"):
         deployments.load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("limits: {queue: 1}\nengine:\n  kind: vllm\nlimits: {queue: 2}\n", "limits: is in line 1 and again in line 4"),
+        ("limits:\n  queue: 1\n  queue: 2\n", "queue: is in line 2 and again in line 3"),
+        ("limits: {queue: 1, queue: 2}", "queue: is in line 1 and again in line 1"),
+        ("engine: {lora: {7: a, 7: b}}", "7: is in line 1"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "d.yaml"
+    path.write_text(text)
+    with pytest.raises(DeploymentError, match=says):
+        deployments.load(path)
+
+
+def test_a_merged_key_may_be_said_again(tmp_path: Path) -> None:
+    path = tmp_path / "d.yaml"
+    path.write_text(yaml.safe_dump(SMALL) + "limits: {<<: {queue: 1, max_batch_size: 3}, queue: 2}\n")
+    limits = deployments.load(path).limits
+    assert (limits.queue, limits.max_batch_size) == (2, 3)
 
 
 def test_what_check_prints_is_a_deployment_again() -> None:

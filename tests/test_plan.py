@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from roundhouse import deployment as deployments
-from roundhouse.plan import PlanError, plan
+from roundhouse.plan import WORKSPACE, PlanError, plan
 
 DEPLOYMENTS = Path(__file__).resolve().parents[1] / "deployments"
 COMMON = {"vocab_size": 128256, "num_key_value_heads": 8}
@@ -31,7 +31,8 @@ LLAMA_70B = {
 
 
 def load(tmp_path: Path, name: str, **changes: dict[str, Any]) -> deployments.Deployment:
-    for folder, config in (("Meta-Llama-3-8B-Instruct", LLAMA_8B), ("Meta-Llama-3-70B-Instruct", LLAMA_70B)):
+    shapes = {"8B-Instruct": LLAMA_8B, "70B-Instruct": LLAMA_70B, "70B-Instruct-AWQ": LLAMA_70B}
+    for folder, config in ((f"Meta-Llama-3-{size}", config) for size, config in shapes.items()):
         checkpoint = tmp_path / "checkpoints" / folder
         checkpoint.mkdir(parents=True, exist_ok=True)
         (checkpoint / "config.json").write_text(json.dumps(config))
@@ -72,16 +73,41 @@ def test_a_16_bit_kv_cache_costs_twice_as_much(tmp_path: Path) -> None:
     assert plan(load(tmp_path, "llama-3-8b-h200", precision={"kv_cache": "auto"})).kv_bytes_per_token == 128 * 1024
 
 
-def test_a_draft_takes_its_own_weights_and_cache(tmp_path: Path) -> None:
+def test_a_compiled_draft_takes_its_own_weights_and_cache(tmp_path: Path) -> None:
     alone = plan(load(tmp_path, "llama-3-70b-2xh100"))
     drafted = plan(load(tmp_path, "llama-3-70b-2xh100-speculative"))
     assert drafted.weights - alone.weights == pytest.approx(9.1e9 / 2, rel=0.01)
+    assert drafted.draft_kv == 4 * 8192 * 32 * 1024  # 4 sequences of 8,192 tokens
+    assert drafted.kv_bytes_per_token == alone.kv_bytes_per_token == 80 * 1024
+    taken = drafted.weights - alone.weights + drafted.draft_kv
+    assert drafted.kv_tokens == pytest.approx(alone.kv_tokens - 0.9 * taken / (80 * 1024), abs=1)
+    assert "draft's KV cache      1.1 GB per GPU" in drafted.lines()
+
+
+def test_a_draft_of_vllm_has_16_bits_and_a_place_in_each_block(tmp_path: Path) -> None:
+    """vLLM quantises the model alone: its draft is loaded as it is."""
+    deployment = load(tmp_path, "llama-3-70b-2xh100-vllm")
+    drafted, alone = plan(deployment), plan(deployment.model_copy(update={"speculative": None}))
+    assert drafted.weights - alone.weights == pytest.approx(16.1e9 / 2, rel=0.01)
     assert drafted.kv_bytes_per_token == (80 + 32) * 1024
+    assert drafted.draft_kv == 0
 
 
-@pytest.mark.parametrize("name", ["llama-3-8b-h200", "llama-3-8b-l40s", "llama-3-70b-2xh100-speculative"])
-def test_shipped_deployments_fit(tmp_path: Path, name: str) -> None:
-    assert plan(load(tmp_path, name)).sequences >= 1
+@pytest.mark.parametrize(("given", "share"), [(0.5, 0.5), (0.9, 0.9), (None, 0.92)])
+def test_vllm_takes_a_share_of_the_whole_memory(tmp_path: Path, given: float | None, share: float) -> None:
+    result = plan(load(tmp_path, "llama-3-8b-h200-vllm", engine={"memory_fraction": given}))
+    cache = share * 139 * 2**30 - result.weights - WORKSPACE
+    assert result.kv_tokens == int(cache / (64 * 1024))
+
+
+def test_too_small_a_share_of_the_memory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"one sequence within engine\.memory_fraction \(0\.05\)"):
+        plan(load(tmp_path, "llama-3-8b-h200-vllm", engine={"memory_fraction": 0.05}))
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOYMENTS.glob("llama-*.yaml")), ids=lambda path: path.stem)
+def test_shipped_deployments_fit(tmp_path: Path, path: Path) -> None:
+    assert plan(load(tmp_path, path.stem)).sequences >= 1
 
 
 def test_too_few_gpus_are_refused_with_the_number_that_would_do(tmp_path: Path) -> None:
@@ -99,8 +125,11 @@ def test_too_large_a_cache_is_refused_with_the_number_that_fits(tmp_path: Path) 
 def test_an_unknown_product_and_a_missing_checkpoint_are_named(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"gpu\.product: 'H300' is not known"):
         plan(load(tmp_path, "llama-3-8b-h200", gpu={"product": "H300"}))
-    with pytest.raises(PlanError, match=r"config\.json cannot be read"):
+    wanted = r"^model\.path: .*config\.json cannot be read .* hf download OWNER/nowhere config\.json --local-dir /"
+    with pytest.raises(PlanError, match=wanted):
         plan(load(tmp_path, "llama-3-8b-h200", model={"path": "nowhere"}))
+    with pytest.raises(PlanError, match=r"^speculative\.draft_model: .*config\.json cannot be read"):
+        plan(load(tmp_path, "llama-3-70b-2xh100-speculative", speculative={"draft_model": "nowhere"}))
 
 
 @pytest.mark.parametrize(

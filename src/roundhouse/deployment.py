@@ -79,7 +79,7 @@ class NgramDrafts(Section):
     """Draft tokens copied from what follows an earlier occurrence of the last tokens: for text that repeats itself."""
 
     draft_tokens: PositiveInt = 5
-    longest: PositiveInt = Field(default=4, description="tokens that must match, at most")
+    match_tokens: PositiveInt = Field(default=4, description="tokens that must match")
 
 
 class VllmEngine(Section):
@@ -133,7 +133,9 @@ class KvCache(Section):
 
 class Scheduling(Section):
     chunked_prefill: bool = Field(default=True, description="split long prompts over steps")
-    policy: Literal["guaranteed_no_evict", "max_utilization"] = "guaranteed_no_evict"
+    policy: Literal["guaranteed_no_evict", "max_utilization"] = Field(
+        default="guaranteed_no_evict", description="what is admitted; default with vllm: max_utilization"
+    )
 
 
 class Speculative(Section):
@@ -229,6 +231,14 @@ class Deployment(Section):
         """The section, or its defaults for a front door that is started by hand."""
         return self.openai or OpenAi()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _vllm_has_its_own_policy(cls, raw: Any) -> Any:
+        match raw:
+            case {"engine": {"kind": "vllm"}} if isinstance(scheduling := raw.get("scheduling", {}), dict):
+                return {**raw, "scheduling": {"policy": "max_utilization", **scheduling}}
+        return raw
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         limits = self.limits
@@ -279,7 +289,8 @@ def _check_without_gpu(deployment: Deployment) -> None:
     }
     for key, asked in cannot.items():
         if asked:
-            raise ValueError(f"{key}: engine {kind} cannot do this; remove the key, or choose engine tensorrt_llm")
+            able = "tensorrt_llm" if key.startswith("kv_cache.") else "tensorrt_llm or vllm"
+            raise ValueError(f"{key}: engine {kind} cannot do this; remove the key, or choose engine {able}")
 
 
 def _check_tensorrt_llm(deployment: Deployment) -> None:
@@ -392,6 +403,20 @@ _ENGINE_RULES: dict[str, Callable[[Deployment], None]] = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, as YAML does; PyYAML would keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.Node] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            same = first.setdefault((key.tag, key.value), key)
+            if same is not key:
+                there, here = (mark.line + 1 for mark in (same.start_mark, key.start_mark))
+                raise yaml.YAMLError(f"{key.value}: is in line {there} and again in line {here}; keep one of them")
+        return node
+
+
 def load(path: Path | str) -> Deployment:
     """Read and check a deployment file, with what the environment overrides. Its relative paths become absolute ones.
 
@@ -399,7 +424,7 @@ def load(path: Path | str) -> Deployment:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise DeploymentError(f"{path}: cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -429,6 +454,9 @@ def parse(raw: dict[str, Any], *, source: str, base: Path) -> Deployment:
     if isinstance(deployment.engine, TensorrtLlmEngine):
         folders = ("path",) if deployment.engine.calibration in CALIBRATION_SETS else ("path", "calibration")
         update["engine"] = _absolute(deployment.engine, base, *folders)
+    if isinstance(deployment.engine, VllmEngine):
+        adapters = {id: os.path.normpath(base / folder) for id, folder in deployment.engine.lora.items()}
+        update["engine"] = deployment.engine.model_copy(update={"lora": adapters})
     if deployment.speculative is not None:
         update["speculative"] = _absolute(deployment.speculative, base, "draft_model", "draft_engine")
     if deployment.openai is not None:
@@ -474,10 +502,12 @@ ENGINES: dict[str, type[Section]] = {
 
 def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
     """The keys that are allowed where `loc`'s last key was found."""
-    if len(loc) == 1:
-        return list(Deployment.model_fields)
-    if loc[0] == "engine":
-        return list(ENGINES[str(loc[1])].model_fields)
-    section: Any = Deployment.model_fields[str(loc[0])].annotation
-    options = get_args(section) or (section,)  # `Slo | None` has two
-    return [name for option in options if issubclass(option, Section) for name in option.model_fields]
+    section: type[Section] = Deployment
+    for part in map(str, loc[:-1]):
+        if part in ENGINES:  # the tag of the union
+            section = ENGINES[part]
+            continue
+        annotation: Any = section.model_fields[part].annotation
+        options = get_args(annotation) or (annotation,)  # `Slo | None` has two
+        section = next(option for option in options if issubclass(option, Section))
+    return list(section.model_fields)

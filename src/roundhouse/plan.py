@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from roundhouse import gpus
-from roundhouse.deployment import Deployment
+from roundhouse.deployment import Deployment, VllmEngine
 
 # Activations and run-time buffers of one GPU, in bytes. An assumption, not a measurement: the true figure grows with
 # max_num_tokens and with max_batch_size x max_seq_len.
 WORKSPACE = int(3.5 * gpus.GIB)
-DEFAULT_FRACTION = 0.9
+DEFAULT_FRACTION = 0.9  # TensorRT-LLM's, of what is free after the weights
+VLLM_FRACTION = 0.92  # vLLM's, of the whole memory
 TENSOR_PARALLEL = (1, 2, 4, 8)
 # INT4-AWQ keeps half a byte a weight and one 16-bit scale for each group of 128.
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int4_awq": 0.5 + 2 / 128, "auto": 2.0}
@@ -36,8 +37,8 @@ class Shape:
     tied: bool
 
     @classmethod
-    def read(cls, model: Path) -> Shape:
-        """From a checkpoint's config.json. Raises PlanError if it is not there or lacks a size."""
+    def read(cls, model: Path, key: str = "model.path") -> Shape:
+        """From a checkpoint's config.json. Raises PlanError, naming `key`, if it is not there or lacks a size."""
         try:
             config = json.loads((model / "config.json").read_text(encoding="utf-8"))
             heads, hidden = config["num_attention_heads"], config["hidden_size"]
@@ -52,9 +53,12 @@ class Shape:
                 tied=bool(config.get("tie_word_embeddings", False)),
             )
         except OSError as error:
-            raise PlanError(f"model: {model}/config.json cannot be read: {error.strerror}") from error
+            raise PlanError(
+                f"{key}: {model}/config.json cannot be read ({error.strerror}); a plan needs that file alone, for "
+                f"instance from: hf download OWNER/{model.name} config.json --local-dir {model}"
+            ) from error
         except (ValueError, KeyError) as error:
-            raise PlanError(f"model: {model}/config.json is not that of a Llama-like model: {error}") from error
+            raise PlanError(f"{key}: {model}/config.json is not that of a Llama-like model: {error}") from error
 
     def weight_bytes(self, precision: str) -> int:
         """All weights. Embedding and output head stay in 16 bits when the layers are quantised."""
@@ -69,12 +73,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes are per GPU. `sequences` are those of max_seq_len tokens that the KV cache holds at the same time."""
+    """Bytes are per GPU. `sequences` are those of max_seq_len tokens that the KV cache holds at the same time.
+
+    draft_kv: bytes of the KV cache that a draft has for itself; where it shares the model's they are in
+        `kv_bytes_per_token`.
+    """
 
     product: str
     gpus: int
     memory: int
     weights: int
+    draft_kv: int
     kv_bytes_per_token: int
     kv_tokens: int
     max_seq_len: int
@@ -88,6 +97,7 @@ class Plan:
             f"GPUs                  {self.gpus} x {self.product}, {self.memory / gpus.GIB:.1f} GiB each",
             f"weights per GPU       {self.weights / 1e9:.1f} GB",
             f"activations, buffers  {WORKSPACE / gpus.GIB:.1f} GiB (assumed)",
+            *([f"draft's KV cache      {self.draft_kv / 1e9:.1f} GB per GPU"] if self.draft_kv else []),
             f"KV bytes per token    {self.kv_bytes_per_token / 1024:.0f} KiB per GPU",
             f"KV tokens             {self.kv_tokens:,}",
             f"sequences             {self.sequences:,} of {self.max_seq_len:,} tokens at the same time",
@@ -105,30 +115,40 @@ def plan(deployment: Deployment) -> Plan:
         raise PlanError(str(error)) from error
     shapes = [Shape.read(Path(deployment.model.path))]
     if deployment.speculative is not None:
-        shapes.append(Shape.read(Path(deployment.speculative.draft_model)))
+        shapes.append(Shape.read(Path(deployment.speculative.draft_model), "speculative.draft_model"))
     result = _planned(deployment, shapes, deployment.gpu.tensor_parallel, product)
     _check_fits(deployment, shapes, result, product)
     return result
 
 
 def _planned(deployment: Deployment, shapes: list[Shape], ranks: int, product: gpus.Product) -> Plan:
-    precision, cache = deployment.precision, deployment.kv_cache
-    kv_precision = precision.kv_cache
-    if kv_precision == "auto" and precision.weights == "float32":
-        kv_precision = "float32"
-    weights = sum(shape.weight_bytes(precision.weights) for shape in shapes) // ranks
+    engine, precision, cache = deployment.engine, deployment.precision, deployment.kv_cache
+    max_seq_len = deployment.limits.max_seq_len or 1
+    plain = "float32" if precision.weights == "float32" else "auto"
+    kv_precision = plain if precision.kv_cache == "auto" else precision.kv_cache
+    # vLLM quantises the model, not its draft
+    precisions = [precision.weights, plain if isinstance(engine, VllmEngine) else precision.weights]
+    weights = sum(s.weight_bytes(each) for s, each in zip(shapes, precisions, strict=False)) // ranks
     # a KV head is never split: more ranks than heads hold copies
-    per_token = sum(s.kv_bytes_per_token(kv_precision) // min(ranks, s.kv_heads) for s in shapes)
-    free = (product.memory - weights - WORKSPACE) * (cache.free_memory_fraction or DEFAULT_FRACTION)
+    per_token, *draft = (s.kv_bytes_per_token(kv_precision) // min(ranks, s.kv_heads) for s in shapes)
+    draft_kv = 0
+    if isinstance(engine, VllmEngine):  # a draft's KV lies in the model's blocks
+        per_token += sum(draft)
+        free = product.memory * (engine.memory_fraction or VLLM_FRACTION) - weights - WORKSPACE
+    else:
+        if deployment.speculative is not None:  # a cache of its own, which is there before the model's
+            draft_kv = sum(draft) * deployment.speculative.max_batch_size * max_seq_len
+        free = (product.memory - weights - WORKSPACE - draft_kv) * (cache.free_memory_fraction or DEFAULT_FRACTION)
     fits = max(0, int(free / per_token))
     return Plan(
         product=deployment.gpu.product if deployment.gpu else "",
         gpus=ranks,
         memory=product.memory,
         weights=weights,
+        draft_kv=draft_kv,
         kv_bytes_per_token=per_token,
         kv_tokens=fits if cache.tokens is None else min(fits, cache.tokens),
-        max_seq_len=deployment.limits.max_seq_len or 1,
+        max_seq_len=max_seq_len,
     )
 
 
@@ -146,7 +166,10 @@ def _check_fits(deployment: Deployment, shapes: list[Shape], result: Plan, produ
     ranks = (n for n in TENSOR_PARALLEL if n > result.gpus and heads % n == 0)
     enough = next((n for n in ranks if _planned(deployment, shapes, n, product).sequences >= 1), None)
     way_out = f"{enough} would do" if enough else "no number up to 8 would do; choose a larger gpu.product"
+    share = deployment.engine.memory_fraction if isinstance(deployment.engine, VllmEngine) else None
+    within = f" within engine.memory_fraction ({share})" if share is not None else ""
+    draft = f", {result.draft_kv / 1e9:.1f} GB for speculative.max_batch_size" if result.draft_kv else ""
     raise PlanError(
         f"gpu.tensor_parallel: {result.gpus} x {result.product} cannot hold {result.weights / 1e9:.1f} GB of weights "
-        f"per GPU and one sequence; {way_out}"
+        f"per GPU{draft} and one sequence{within}; {way_out}"
     )

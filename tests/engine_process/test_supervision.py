@@ -71,6 +71,12 @@ def test_killed_while_it_loads_for_the_first_time(server: Any, join: Join) -> No
     thread.join()
 
 
+def test_an_interpreter_that_is_not_there(join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROUNDHOUSE_ENGINE_PYTHON", "/nope")
+    with pytest.raises(EngineError, match=r"could not be started \(ROUNDHOUSE_ENGINE_PYTHON: /nope does not exist"):
+        join()
+
+
 def test_killed_while_it_loads_again(join: Join) -> None:
     front = join()
     first = front.engine()
@@ -83,10 +89,12 @@ def test_killed_while_it_loads_again(join: Join) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_step_that_never_returns(join: Join) -> None:
+def test_a_step_that_never_returns(join: Join, capsys: pytest.CaptureFixture[str]) -> None:
     front = join(hang_after_tokens=20)
     front.client.submit([request(1, max_tokens=500)])
     assert 0.9 < front.until(lambda: front.ended(1)) < 4
+    advice = "if it was only slow, lower limits.max_num_tokens, or raise ROUNDHOUSE_HANG_SECONDS"
+    assert advice in capsys.readouterr().out
     assert front.tokens(1) == echo((5, 6, 7), 20)
     assert "send the request again" in error_of(front, 1)
     front.until(lambda: front.client.connected)

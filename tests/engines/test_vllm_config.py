@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from roundhouse import deployment as deployments
 from roundhouse.deployment import VllmEngine
 from roundhouse.engine.base import EngineError
+from roundhouse.engine.load import load_engine
 from roundhouse.engine.vllm.config import VllmConfig, engine_arguments, of_deployment
 
 DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
@@ -19,7 +22,6 @@ DRAFT = {"method": "draft_target", "draft_model": "draft", "draft_tokens": 5}
 
 def arguments(engine: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
     raw = {"model": {"path": "m"}, "engine": {"kind": "vllm", **(engine or {})}, **sections}
-    raw["scheduling"] = {"policy": "max_utilization", **sections.get("scheduling", {})}
     parsed = deployments.parse(raw, source="x.yaml", base=Path("/base"))
     assert isinstance(parsed.engine, VllmEngine)
     return engine_arguments(of_deployment(parsed, parsed.engine))
@@ -71,8 +73,16 @@ def test_drafting_stops_beyond_its_batch_size() -> None:
 def test_heads_and_ngrams(method: str) -> None:
     speculative = {**DRAFT, "method": method, "max_batch_size": 64}
     assert arguments(speculative=speculative)["speculative_config"]["method"] == method
-    ngram = arguments({"ngram": {"draft_tokens": 3, "longest": 2}})["speculative_config"]
-    assert ngram == {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    ngram = arguments({"ngram": {"draft_tokens": 3, "match_tokens": 2}})["speculative_config"]
+    matched = {"prompt_lookup_min": 2, "prompt_lookup_max": 2}
+    assert ngram == {"method": "ngram", "num_speculative_tokens": 3, **matched}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")
+def test_an_environment_without_vllm_is_told_what_to_do() -> None:
+    with pytest.raises(EngineError) as refusal:
+        load_engine(deployments.load(DEPLOYMENTS / "llama-3-8b-h200-vllm.yaml"))
+    assert f"engine.kind: vllm: {sys.executable} has no module vllm; run scripts/setup --vllm" in str(refusal.value)
 
 
 def test_adapters_get_room_for_the_largest_rank(tmp_path: Path) -> None:

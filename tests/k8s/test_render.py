@@ -234,6 +234,15 @@ def service_ports(objects: Objects) -> list[dict[str, Any]]:
     return list(find(objects, "Service", "roundhouse")["spec"]["ports"])
 
 
+def test_adapters_lie_beside_the_models() -> None:
+    adapted = load("llama-3-8b-h200-vllm", engine={"lora": {7: "adapters/seven"}})
+    inside = mounts.mounted(adapted, "1")
+    assert inside.engine.model_dump()["lora"] == {7: "/models/seven"}
+    assert "/models/seven" in mounts.models_on_volume(inside)
+    with pytest.raises(DeploymentError, match="would both be /models/seven"):
+        mounts.mounted(load("llama-3-8b-h200-vllm", engine={"lora": {7: "a/seven", 8: "b/seven"}}), "1")
+
+
 def test_keys_and_certificates_come_from_secrets(tmp_path: Path) -> None:
     section = {"api_key_file": "keys.txt", "tls_certificate": "cert.pem", "tls_key": "key.pem"}
     render(load("local-cpu", openai=section), tmp_path / "overlay")

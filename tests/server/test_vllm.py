@@ -25,7 +25,7 @@ MODELS = ("ensemble", "tensorrt_llm_bls")
 PROMPT = "copy: one two three ="
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp8-kv": {"precision": {"kv_cache": "fp8"}},
-    "ngram": {"engine": {"ngram": {"draft_tokens": 4, "longest": 3}}},
+    "ngram": {"engine": {"ngram": {"draft_tokens": 4, "match_tokens": 3}}},
     "draft-model": {
         "speculative": {
             "method": "draft_target",

@@ -122,14 +122,14 @@ class Keeper:
             ranks = launch.ranks(deployments.load(self._deployment))
         except deployments.DeploymentError:
             ranks = 1  # the engine process will say what is wrong
-        command = launch.command(ranks, self._deployment, self._folder, self._server_pid)
         try:
             (self._folder / runtime.FAILURE).unlink(missing_ok=True)
             runtime.new_secret(self._folder)
+            command = launch.command(ranks, self._deployment, self._folder, self._server_pid)
             process = subprocess.Popen(
                 command, env=launch.environment(), stdin=subprocess.DEVNULL, start_new_session=True, cwd="/"
             )
-        except OSError as error:  # the disk is full, or there is no room for another process
+        except OSError as error:  # no such interpreter, the disk is full, or there is no room for another process
             self._failed(now, f"could not be started ({error})")
             return
         self._process, self._pidfd = process, os.pidfd_open(process.pid)
@@ -143,8 +143,12 @@ class Keeper:
 
     def _kill(self, heard: float | None, now: float) -> None:
         assert self._pidfd is not None
-        what = "has said nothing" if heard is not None else "has been loading"
-        self._log(f"engine: {what} for {self._silence:.0f} s; it is killed and started again")
+        what, advice = "has been loading", "raise ROUNDHOUSE_HANG_SECONDS"
+        if heard is not None:
+            what, advice = "has said nothing", f"lower limits.max_num_tokens, or {advice}"
+        self._log(
+            f"engine: {what} for {self._silence:.0f} s; it is killed and started again; if it was only slow, {advice}"
+        )
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         self._killed_at = now
@@ -164,9 +168,9 @@ class Keeper:
 
     def _how_it_ended(self) -> str:
         code = self._process.returncode if self._process is not None else None
-        if code is None:
-            return "ended for an unknown reason"
-        return f"ended by signal {-code}" if code < 0 else f"ended with code {code}"
+        how = "for an unknown reason" if code is None else f"by signal {-code}" if code < 0 else f"with code {code}"
+        when = "" if self.was_ready else " while it was loading; its last words are in the server's log"
+        return f"ended {how}{when}"
 
     def _failed(self, now: float, how: str) -> None:
         if self._pidfd is not None:
@@ -189,7 +193,6 @@ class Keeper:
         """Tell all fronts of a failure that trying again would not mend."""
         self._failures = MAX_FAILURES
         path = self._folder / runtime.FAILURE
-        text = f"the engine process {how} while it was loading; its last words are in the server's log"
-        self.failure = runtime.read(path) or text
+        self.failure = runtime.read(path) or f"the engine process {how}"
         with suppress(OSError):
             runtime.write_private(path, self.failure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -37,11 +38,14 @@ def die_with_mpirun() -> None:
 def python() -> str:
     """The interpreter of the engine: ROUNDHOUSE_ENGINE_PYTHON, or that of the virtual environment.
 
-    In Triton's stub `sys.executable` is not the interpreter's.
+    In Triton's stub `sys.executable` is not the interpreter's. Raises FileNotFoundError for one that is not there.
     """
     given = os.environ.get("ROUNDHOUSE_ENGINE_PYTHON")
     if given:
-        return given
+        found = shutil.which(given)
+        if found is None:
+            raise FileNotFoundError(f"ROUNDHOUSE_ENGINE_PYTHON: {given} does not exist, or is no program")
+        return os.path.abspath(found)  # the engine runs in another folder
     prefix = os.environ.get("VIRTUAL_ENV") or sys.prefix
     return str(Path(prefix) / "bin/python")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, cast
 
 from roundhouse.deployment import Deployment, SyntheticEngine, TensorrtLlmEngine, TransformersEngine, VllmEngine
@@ -79,8 +80,14 @@ def _synthetic(deployment: Deployment, section: SyntheticEngine) -> Engine:
 def _vllm(deployment: Deployment, section: VllmEngine) -> Engine:
     if section.eager:  # torch reads it when it is imported; vLLM compiles small functions at their first use otherwise
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    from roundhouse.engine.vllm.config import of_deployment
-    from roundhouse.engine.vllm.engine import VllmEngine as Vllm
+    try:
+        from roundhouse.engine.vllm.config import of_deployment
+        from roundhouse.engine.vllm.engine import VllmEngine as Vllm
+    except ModuleNotFoundError as error:
+        raise EngineError(
+            f"engine.kind: vllm: {sys.executable} has no module {error.name}; run scripts/setup --vllm and set "
+            "ROUNDHOUSE_ENGINE_PYTHON=$PWD/.venv-vllm/bin/python (on GPUs: docs/vllm.md)"
+        ) from error
 
     return Vllm(of_deployment(deployment, section))
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from roundhouse.deployment import Deployment, DeploymentError, OpenAi, TensorrtLlmEngine
+from roundhouse.deployment import Deployment, DeploymentError, OpenAi, TensorrtLlmEngine, VllmEngine
 from roundhouse.trtllm.engine_folder import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,7 +25,7 @@ def mounted(deployment: Deployment, trtllm_version: str) -> Deployment:
     if speculative is not None:
         paths["draft_model"] = speculative.draft_model
     inside = {key: model_path(path) for key, path in paths.items()}
-    _check_distinct(set(paths.values()))
+    _check_distinct({*paths.values(), *_adapters(deployment)})
     update: dict[str, Any] = {
         "model": model.model_copy(update={key: inside[key] for key in ("path", "tokenizer")}),
     }
@@ -34,6 +34,9 @@ def mounted(deployment: Deployment, trtllm_version: str) -> Deployment:
         if Path(deployment.engine.calibration).is_absolute():  # a folder: it lies beside the models
             compiled["calibration"] = model_path(deployment.engine.calibration)
         update["engine"] = deployment.engine.model_copy(update=compiled)
+    if isinstance(deployment.engine, VllmEngine):
+        adapters = {id: model_path(folder) for id, folder in deployment.engine.lora.items()}
+        update["engine"] = deployment.engine.model_copy(update={"lora": adapters})
     if speculative is not None:
         drafts = {"draft_model": inside["draft_model"]}
         if speculative.draft_engine is not None:
@@ -64,10 +67,15 @@ def model_path(path: str) -> str:
 
 def models_on_volume(inside: Deployment) -> set[str]:
     """The model folders that a deployment with a pod's paths reads from the volume."""
-    paths = {inside.model.path, inside.model.tokenizer or inside.model.path}
+    paths = {inside.model.path, inside.model.tokenizer or inside.model.path, *_adapters(inside)}
     if inside.speculative is not None:
         paths.add(inside.speculative.draft_model)
     return {path for path in paths if path.startswith(f"{MODELS}/")}
+
+
+def _adapters(deployment: Deployment) -> list[str]:
+    """The folders of its LoRA adapters."""
+    return list(deployment.engine.lora.values()) if isinstance(deployment.engine, VllmEngine) else []
 
 
 def engine_path(deployment: Deployment, model: str, trtllm_version: str) -> str:

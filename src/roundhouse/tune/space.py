@@ -16,7 +16,14 @@ from roundhouse import plan as planning
 from roundhouse.bench.scenario import Closed, Level
 from roundhouse.deployment import Deployment
 
-PATHS = ("model.path", "model.tokenizer", "engine.path", "speculative.draft_model", "speculative.draft_engine")
+PATHS = (
+    "model.path",
+    "model.tokenizer",
+    "engine.path",
+    "engine.lora",
+    "speculative.draft_model",
+    "speculative.draft_engine",
+)
 BATCHES = (4, 8, 16, 32, 64, 128, 256)
 FEW_STREAMS = 64  # up to here speculation tends to matter more than anything else
 MEMORY_SHARE = 0.7  # of the memory that is free, for the KV cache of an engine without a GPU
@@ -138,8 +145,14 @@ def read(path: Path) -> dict[str, Any]:
 def relative_to(raw: dict[str, Any], folder: Path, source: Path) -> dict[str, Any]:
     """What was read from `source`, as a file in `folder` says it. A path that is absolute there stays so."""
     written = yaml.safe_load(source.read_text(encoding="utf-8"))
-    moved = {key: _get(raw, key) for key in PATHS if _has(raw, key) and not Path(_get(written, key)).is_absolute()}
-    return override(raw, {key: os.path.relpath(path, folder) for key, path in moved.items()})
+    return override(raw, {key: _moved(_get(raw, key), _get(written, key), folder) for key in PATHS if _has(raw, key)})
+
+
+def _moved(path: Any, written: Any, folder: Path) -> Any:
+    """`path`, or each of a mapping's, as seen from `folder`, unless it was written as an absolute one."""
+    if isinstance(path, dict):
+        return {key: _moved(path[key], written[key], folder) for key in path}
+    return path if Path(written).is_absolute() else os.path.relpath(path, folder)
 
 
 def _has(raw: dict[str, Any], key: str) -> bool:

@@ -156,7 +156,8 @@ def _speculative(deployment: Deployment, section: VllmSection) -> dict[str, Any]
         return {
             "method": "ngram",
             "num_speculative_tokens": section.ngram.draft_tokens,
-            "prompt_lookup_max": section.ngram.longest,
+            "prompt_lookup_min": section.ngram.match_tokens,
+            "prompt_lookup_max": section.ngram.match_tokens,
         }
     if (wanted := deployment.speculative) is not None:
         limit, running = wanted.max_batch_size, deployment.limits.max_batch_size
