@@ -16,7 +16,7 @@ from roundhouse.bench import metrics, scenario, wire
 from roundhouse.bench.metrics import Objective, Trace
 from roundhouse.bench.prompts import PromptMaker
 from roundhouse.bench.records import Records
-from roundhouse.bench.scenario import Bursts, Poisson, Scenario, Session, Sessions
+from roundhouse.bench.scenario import Bursts, Poisson, Request, Scenario, Session, Sessions
 from roundhouse.text.tokenizer import Tokenizer
 
 
@@ -46,9 +46,9 @@ class Run:
 
     def _make_sessions(self) -> list[Session]:
         """Before the test starts: Locust counts what happens then as part of the run time."""
-        tokenizer = Tokenizer.load(self.deployment.model.tokenizer or self.deployment.model.path)
-        seed = self.options.seed + 1_000_003 * self._worker
-        return Sessions(self.scenario, PromptMaker(tokenizer), seed).take(self.options.prompts)
+        maker = PromptMaker(Tokenizer.load(self.deployment.model.tokenizer or self.deployment.model.path))
+        count = self.options.prompts
+        return Sessions(self.scenario, maker, self.options.seed).take(count, first=self._worker * count)
 
     def start(self) -> None:
         """Begin with the first session, and forget what was recorded."""
@@ -106,9 +106,9 @@ class Run:
         """A row that has no part in "Aggregated": firing a request event would double Locust's request rate."""
         self.environment.stats.get(row, "METRIC").log(value, tokens)
 
-    def left(self, trace: Trace) -> None:
-        """The test ended in the middle of a request: its first token counts, its end does not."""
-        trace.aborted = True
+    def left(self, trace: Trace, request: Request) -> None:
+        """The test ended in the middle of a request: what came by then counts, and what was missed by then."""
         trace.ended = time.monotonic()
-        if trace.times:
-            self.records.add(trace.shifted(self._clock))
+        trace.error = None if self.objective is None else self.objective.missed_by(trace, request.answer_tokens)
+        trace.aborted = trace.error is None
+        self.records.add(trace.shifted(self._clock))

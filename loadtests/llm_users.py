@@ -47,7 +47,7 @@ class LlmUser(User):
             except (wire.ServerError, OSError, http.client.HTTPException) as error:
                 trace.error = str(error) or type(error).__name__
             except gevent.GreenletExit:
-                self.test.left(trace)
+                self.test.left(trace, request)
                 raise
             trace.ended = time.monotonic()
             if trace.error is None and not trace.times:

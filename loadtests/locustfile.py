@@ -111,7 +111,7 @@ def on_quitting(environment: Any, **_: Any) -> None:
     print("\n".join(found["lines"]), flush=True)
     if run.options.summary:
         Path(run.options.summary).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if found["summary"] is None or any(not verdict["met"] for verdict in found["verdicts"]):
+    if not run.records.responses or any(not verdict["met"] for verdict in found["verdicts"]):
         environment.process_exit_code = 1
 
 

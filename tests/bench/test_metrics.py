@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -99,6 +101,32 @@ def test_a_verdict_is_met_exactly_if_95_of_100_kept_to_it(all_: list[Trace], lim
     assert verdict.requests == len(judged)
     assert verdict.met == (bool(judged) and len(kept) >= 0.95 * len(judged))
     assert ("MISSED" in verdict.line()) == (not verdict.met)
+
+
+@given(traces(), st.floats(1, 5000), st.floats(1, 5000), st.data())
+def test_what_an_open_request_has_missed_it_can_not_make_good(
+    trace: Trace, first: float, each: float, data: st.DataObject
+) -> None:
+    came = data.draw(st.integers(0, max(0, len(trace.times) - 1)))
+    ended = data.draw(st.floats(0, 1)) * (trace.ended - trace.sent) + trace.sent
+    cut = replace(trace, times=[at for at in trace.times[:came] if at <= ended], ended=ended)
+    cut.tokens = trace.tokens[: len(cut.times)]
+    if Objective(first, each).missed_by(cut, metrics.output_tokens(trace)) is not None:
+        assert not Objective(first * (1 - 1e-6), each * (1 - 1e-6)).met_by(trace)
+
+
+def test_what_an_open_request_has_missed() -> None:
+    limits = Objective(ttft_ms=500, itl_ms=100)
+
+    def missed(ended: float, times: list[float], *, streamed: bool = True) -> str | None:
+        trace = Trace("any", 7, 0, 0, times, [1] * len(times), ended, streamed=streamed)
+        return limits.missed_by(trace, answer_tokens=11)
+
+    assert missed(0.4, []) is None
+    assert missed(0.6, []) == "no first token by the end of the test"
+    assert missed(60, [], streamed=False) is None
+    assert missed(1.2, [0.3, 0.4]) is None, "the nine others may still come together at 1.3"
+    assert missed(1.4, [0.3, 0.4]) == "no end in time by the end of the test"
 
 
 def test_nothing_is_no_success() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import xml.dom.minidom
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from roundhouse.bench import benchmark, command, load, plots, report, scenario, tables
+from roundhouse.bench import benchmark, command, files, load, plots, report, scenario, servers, tables
 from roundhouse.bench.benchmark import Benchmark, Contestant, Settings
 from roundhouse.bench.clients import Target, TargetError
 from roundhouse.bench.load import Overhead, Plan, Seen
@@ -18,6 +22,11 @@ from roundhouse.bench.metrics import Trace
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "deployments/local-cpu.yaml"
+USUAL: dict[str, Any] = {
+    "targets": ["localhost:1"], "compare": True, "scenario": "ramp", "streams": "", "rate": "", "seconds": 1,
+    "warm_up": 0, "repeats": 1, "processes": 1, "prompts": 9, "seed": 1, "deployment": TINY, "protocol": "grpc",
+    "model": "ensemble", "output": None, "check_slo": False,
+}  # fmt: skip
 
 
 class Silent:
@@ -38,19 +47,79 @@ def answers(plan: Plan) -> Iterator[Trace]:
         yield Trace("request", 128, sent, sent, times, [1] * 21, times[-1])
 
 
+def seen(plan: Plan, progress: load.Progress | None = None) -> Seen:
+    overhead = Overhead(1, 0.1, 40.0, {"p99": 0.2})
+    return Seen(list(answers(plan)), plan.warm_up, plan.warm_up + plan.seconds, overhead, repeated=False)
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    def run(plan: Plan, progress: load.Progress | None = None) -> Seen:
-        overhead = Overhead(1, 0.1, 40.0, {"p99": 0.2})
-        return Seen(list(answers(plan)), plan.warm_up, plan.warm_up + plan.seconds, overhead, repeated=False)
-
-    monkeypatch.setattr(load, "run", run)
+    monkeypatch.setattr(load, "run", seen)
     contestants = [Contestant.of(f"grpc://127.0.0.1:1/{model}", TINY) for model in ("quick", "slow", "quick")]
-    settings = Settings(scenario.load("ramp"), benchmark.levels_of(scenario.load("ramp"), [1, 8], []), repeats=2)
+    levels = benchmark.levels_of(scenario.load("ramp"), [1, 8], [])
+    settings = Settings(scenario.load("ramp"), levels, repeats=2, prompts=10)
     states: list[dict[str, Any]] = []
     result = Benchmark(contestants, settings, Silent()).run(states.append)
-    assert len(states) == 6, "the state is saved after each server"
+    assert len(states) == 12, "the state is saved after each load"
     return result
+
+
+def test_no_running_target_gets_the_prompts_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be doors of one engine. Deployments that are started have caches of their own."""
+    sent: list[list[str]] = []
+
+    def run(plan: Plan, progress: load.Progress | None = None) -> Seen:
+        sent.append([request.prompt for session in plan.sessions for request in session])
+        return seen(plan)
+
+    @contextmanager
+    def running(*_: Any) -> Iterator[Any]:
+        yield SimpleNamespace(target=Target("grpc", "127.0.0.1:1"), cpu_seconds=lambda: 0.0)
+
+    monkeypatch.setattr(load, "run", run)
+    monkeypatch.setattr(servers, "running", running)
+    names = ["grpc://h/ensemble", "openai://h/M", str(TINY), str(TINY)]
+    levels = benchmark.levels_of(scenario.load("ramp"), [1, 8], [])
+    for seed in (1, 2):
+        settings = Settings(scenario.load("ramp"), levels, prompts=4, seed=seed)
+        Benchmark([Contestant.of(name, TINY) for name in names], settings, Silent()).run(lambda state: None)
+    for started, again in ((4, 6), (5, 7), (12, 14), (13, 15)):
+        assert sent[started] == sent[again]
+    apart = [prompt for index, prompts in enumerate(sent) if index not in (6, 7, 14, 15) for prompt in prompts]
+    assert len(set(apart)) == len(apart) == 12 * 4, "another target, load or --seed has other prompts"
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (load.LoadError("no clients"), 1)])
+def test_what_was_measured_before_it_broke_off_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], error: BaseException, code: int
+) -> None:
+    def run(plan: Plan, progress: load.Progress | None = None) -> Seen:
+        assert isinstance(plan.level, scenario.Closed)
+        if plan.level.streams == 8:
+            raise error
+        return seen(plan)
+
+    monkeypatch.setattr(load, "run", run)
+    options = {"targets": ["grpc://127.0.0.1:1"], "streams": "1,8", "output": tmp_path}
+    assert command.bench(command.Asked(**{**USUAL, **options})) == code
+    said = capsys.readouterr().err
+    assert f"what was measured by then is in {tmp_path / 'report.json'}" in said
+    (cell,) = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert cell["level"] == "1 stream"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "and nothing that is half written"
+
+
+def test_a_file_is_never_a_part_of_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "trials.json"
+    files.write_json(path, {"trials": [1]})
+
+    def ends(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", ends)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_json(path, {"trials": [1, 2]})
+    assert json.loads(path.read_text()) == {"trials": [1]}
 
 
 def test_every_target_is_measured_at_every_load(measured: dict[str, Any]) -> None:
@@ -136,10 +205,5 @@ def test_what_is_no_target_is_refused(text: str) -> None:
     ],
 )
 def test_what_is_wrong_is_said(options: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    usual: dict[str, Any] = {
-        "targets": ["localhost:1"], "compare": True, "scenario": "ramp", "streams": "", "rate": "", "seconds": 1,
-        "warm_up": 0, "repeats": 1, "processes": 1, "prompts": 9, "seed": 1, "deployment": TINY, "protocol": "grpc",
-        "model": "ensemble", "output": None, "check_slo": False,
-    }  # fmt: skip
-    assert command.bench(command.Asked(**{**usual, **options})) == 1
+    assert command.bench(command.Asked(**{**USUAL, **options})) == 1
     assert said in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -48,6 +49,33 @@ def test_completions_count_as_the_server_counts() -> None:
     assert (trace.times, trace.tokens) == ([1, 2, 3], [1, 1, 1])
     wire.note_completed(trace, {"choices": [], "usage": {"completion_tokens": 7}}, 4)
     assert (trace.times, trace.tokens) == ([1, 2, 3], [1, 1, 5])
+
+
+def test_a_completion_lasts_until_it_says_why_it_ended() -> None:
+    """Its last tokens may have no text; they came with that chunk, not with the last text."""
+    trace = Trace("any", 3, 0, 0)
+    for at, text, reason in ((1, "a", None), (2, "b", None), (9, "", "length")):
+        wire.note_completed(trace, {"choices": [{"text": text, "finish_reason": reason}]}, at)
+    wire.note_completed(trace, {"choices": [], "usage": {"completion_tokens": 7}}, 10)
+    assert (trace.times, trace.tokens) == ([1, 2, 9], [1, 1, 5])
+
+
+def test_an_end_without_a_token_is_no_response() -> None:
+    trace = Trace("any", 3, 0, 0)
+    for at, text, reason in ((1, "a", None), (2, "b", None), (9, "", "length")):
+        wire.note_completed(trace, {"choices": [{"text": text, "finish_reason": reason}]}, at)
+    wire.note_completed(trace, {"choices": [], "usage": {"completion_tokens": 2}}, 10)
+    assert (trace.times, trace.tokens) == ([1, 2], [1, 1])
+
+
+def test_who_goes_away_after_some_tokens_has_them_counted_on_the_way() -> None:
+    assert wire.completion_body(REQUEST, "m")["stream_options"] == {"include_usage": True}
+    leaving = wire.completion_body(replace(REQUEST, abort_after=4), "m")
+    assert leaving["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+    trace = Trace("any", 3, 0, 0)
+    for at, so_far in ((1, 1), (2, 4)):
+        wire.note_completed(trace, {"choices": [{"text": "x"}], "usage": {"completion_tokens": so_far}}, at)
+    assert (trace.times, trace.tokens) == ([1, 2], [1, 3])
 
 
 def test_generated_responses_count_as_they_say() -> None:

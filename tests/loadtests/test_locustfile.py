@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -82,7 +85,7 @@ def test_unary_users_have_no_first_token(loaded: Server, short: Path, tmp_path: 
 
 def test_a_missed_objective_is_an_exit_code(loaded: Server, short: Path, tmp_path: Path) -> None:
     strict = write_deployment(tmp_path, {**LOADED, "slo": {"ttft_ms": 0.01, "itl_ms": 5000}})
-    result = locust(tmp_path, short, loaded.grpc_url, deployment=strict)
+    result = locust(tmp_path, short, loaded.grpc_url, "-t", "3s", deployment=strict)
     assert result.code == 1
     assert [verdict["met"] for verdict in result.verdicts] == [False, True]
     assert "SLO TTFT p95" in result.output
@@ -148,6 +151,9 @@ def test_the_web_ui_shows_a_ramp(loaded: Server, tmp_path: Path) -> None:
         process.wait(timeout=30)
 
 
+PIECE: dict[str, Any] = {"choices": [{"text": "two tokens "}]}
+
+
 class Completions(BaseHTTPRequestHandler):
     """What an OpenAI-style server answers: chunks, then the usage."""
 
@@ -168,11 +174,17 @@ class Completions(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        pieces = [{"choices": [{"text": "two tokens "}]}] * (body["max_tokens"] // 2)
-        for event in [*pieces, {"choices": [], "usage": {"completion_tokens": body["max_tokens"]}}]:
-            self.chunk(b"data: " + json.dumps(event).encode() + b"\n\n")
+        self.answer(body)
+
+    def answer(self, body: dict[str, Any]) -> None:
+        usage = {"choices": [], "usage": {"completion_tokens": body["max_tokens"]}}
+        self.events([PIECE] * (body["max_tokens"] // 2) + [usage])
         self.chunk(b"data: [DONE]\n\n")
         self.chunk(b"")
+
+    def events(self, events: list[dict[str, Any]]) -> None:
+        for event in events:
+            self.chunk(b"data: " + json.dumps(event).encode() + b"\n\n")
 
     def chunk(self, data: bytes) -> None:
         self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
@@ -181,14 +193,23 @@ class Completions(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def completions() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Completions) as server:
+@contextmanager
+def answering(handler: type[Completions]) -> Iterator[str]:
+    """Its URL."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def completions() -> Iterator[str]:
+    with answering(Completions) as url:
+        yield url
 
 
 @pytest.mark.parametrize(("model", "code"), [("known", 0), ("other", 1)])
@@ -204,6 +225,64 @@ def test_openai_users(completions: str, short: Path, tmp_path: Path, model: str,
         assert result.summary["tokens_per_response"] == pytest.approx(2, abs=0.1)
     else:
         assert list(result.summary["errors"]) == ["HTTP 404: no such model here"]
+
+
+@pytest.mark.parametrize("pieces", [0, 3])
+@pytest.mark.parametrize("slo", [True, False])
+def test_a_server_that_hangs_is_no_success(short: Path, tmp_path: Path, pieces: int, slo: bool) -> None:
+    """It answers 12 requests, none of them if nothing is promised; then it says nothing more, or after some tokens."""
+    over = threading.Event()
+    numbers = itertools.count(0 if slo else 12)
+
+    class Hangs(Completions):
+        def answer(self, body: dict[str, Any]) -> None:
+            if next(numbers) < 12:
+                super().answer(body)
+                return
+            self.events([PIECE] * pieces)
+            over.wait(30)
+            self.close_connection = True
+
+    deployment = {**LOADED, "slo": {"ttft_ms": 500, "itl_ms": 20}}
+    if not slo:
+        del deployment["slo"]
+    with answering(Hangs) as url:
+        result = locust(
+            tmp_path, short, url, "--client", "openai", "--model", "known", "-t", "3s",
+            deployment=write_deployment(tmp_path, deployment),
+        )  # fmt: skip
+        over.set()
+    said = "no end in time" if pieces else "no first token"
+    assert result.summary["requests"] == (16 if slo else 4)
+    assert result.summary["seconds"] > 2, "up to the end of the test"
+    if slo:
+        assert result.code == 1, result.output
+        assert result.summary["errors"] == {f"{said} by the end of the test": 4}
+        assert not any(verdict["met"] for verdict in result.verdicts)
+    else:
+        assert result.code == (0 if pieces else 1), result.output
+        assert result.summary["aborted"] == 4
+
+
+def test_processes_share_the_prefixes_of_a_scenario(tmp_path: Path) -> None:
+    prompts: list[str] = []
+
+    class Notes(Completions):
+        def answer(self, body: dict[str, Any]) -> None:
+            prompts.append(body["prompt"])
+            time.sleep(0.1)
+            super().answer(body)
+
+    prefix = {"tokens": 40, "groups": 2}
+    scenario = scenario_file(tmp_path, {"kind": "closed", "streams": 4}, shared_prefix=prefix)
+    with answering(Notes) as url:
+        result = locust(
+            tmp_path, scenario, url, "--client", "openai", "--model", "known", "--processes", "2",
+            deployment=write_deployment(tmp_path, LOADED),
+        )  # fmt: skip
+    assert result.code == 0, result.output
+    assert len({prompt[:60] for prompt in prompts}) == 2
+    assert len(set(prompts)) == len(prompts) > 8, "each of them sends other sessions"
 
 
 def test_what_is_wrong_is_said_at_the_start(tmp_path: Path) -> None:

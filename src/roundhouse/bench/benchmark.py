@@ -135,17 +135,17 @@ class Benchmark:
             settings.scenario.check(one.max_seq_len, one.name)
 
     def run(self, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """All of it; `save` gets the state after each server. Raises StartError, LoadError, PromptError."""
+        """All of it; `save` gets the state after each load. Raises StartError, LoadError, PromptError."""
         for repeat in range(self.settings.repeats):
             # there and back again, so that a machine that grows warm or busy is nobody's advantage
             order = self.contestants if repeat % 2 == 0 else self.contestants[::-1]
             for one in order:
                 for index in range(len(self.settings.levels)):
-                    self._sessions(one.tokenizer, index, repeat)  # before the server starts: they do not need it
+                    self._sessions_for(one, index, repeat)  # before the server starts: they do not need it
                 with self._server(one) as (target, server):
                     for index, level in enumerate(self.settings.levels):
                         self._measure(one, target, server, index, level, repeat)
-                save(self.as_json())
+                        save(self.as_json())
             self._sessions.cache_clear()
         return self.as_json()
 
@@ -159,8 +159,14 @@ class Benchmark:
         with servers.running(one.deployment, self.settings.model, self.settings.protocol) as server:
             yield server.target, server
 
-    def _make_sessions(self, tokenizer: str, index: int, repeat: int) -> list[Session]:
-        seed = self.settings.seed + 1000 * repeat + index  # no prompt comes again, so that no cache knows it
+    def _sessions_for(self, one: Contestant, index: int, repeat: int) -> list[Session]:
+        """The same ones for each deployment that is started here, others for each target that is running already:
+        two of those may be one engine, whose cache would know the second one's prompts from the first."""
+        apart = 0 if one.target is None else 1 + self.contestants.index(one)
+        return self._sessions(one.tokenizer, apart, index, repeat)
+
+    def _make_sessions(self, tokenizer: str, apart: int, index: int, repeat: int) -> list[Session]:
+        seed = f"{self.settings.seed} {apart} {index} {repeat}"  # no prompt comes again, so that no cache knows it
         try:
             maker = PromptMaker(Tokenizer.load(tokenizer))
         except (OSError, ValueError) as error:
@@ -179,7 +185,7 @@ class Benchmark:
         plan = Plan(
             target=target,
             level=level,
-            sessions=self._sessions(one.tokenizer, index, repeat),
+            sessions=self._sessions_for(one, index, repeat),
             seed=settings.seed + repeat,
             warm_up=settings.warm_up,
             seconds=settings.seconds,
@@ -187,6 +193,11 @@ class Benchmark:
         )
         run = measure(plan, one.objective, server, self._watch.progress, self._cells[one.name, index])
         self._watch.end(run)
+
+    @property
+    def began(self) -> bool:
+        """Whether anything was measured."""
+        return any(cell.runs for cell in self._cells.values())
 
     def as_json(self) -> dict[str, Any]:
         settings = self.settings

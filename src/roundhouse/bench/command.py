@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from roundhouse.bench import benchmark, load, scenario, tables
+from roundhouse.bench import benchmark, files, load, scenario, tables
 from roundhouse.bench.benchmark import Benchmark, Contestant, Settings
 from roundhouse.bench.clients import TargetError
 from roundhouse.bench.load import LoadError
@@ -103,18 +103,21 @@ def bench(asked: Asked) -> int:
         contestants = [Contestant.of(target, asked.deployment) for target in asked.targets]
         settings = asked.settings()
         folder = asked.output or Path(f"bench-{datetime.now():%Y%m%d-%H%M%S}")
-        total = settings.run_seconds() * settings.repeats * len(contestants)
-        with terminal.Bar(console, total) as bar:
-            measured = Benchmark(contestants, settings, bar)
-            folder.mkdir(parents=True, exist_ok=True)
-            result = measured.run(lambda state: _write(folder / "report.json", json.dumps(state, indent=1) + "\n"))
-    except (UsageError, DeploymentError, TargetError, ScenarioError, PromptError, StartError, LoadError) as error:
+        bar = terminal.Bar(console, settings.run_seconds() * settings.repeats * len(contestants))
+        measured = Benchmark(contestants, settings, bar)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (UsageError, DeploymentError, TargetError, ScenarioError) as error:
         print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; what was measured by then is in report.json", file=sys.stderr)
-        return 130
-    _write(folder / "report.html", report.html(result))
+    try:
+        with bar:
+            result = measured.run(partial(files.write_json, folder / "report.json"))
+    except (DeploymentError, PromptError, StartError, LoadError, KeyboardInterrupt) as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        if measured.began:
+            print(f"what was measured by then is in {folder / 'report.json'}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    files.write(folder / "report.html", report.html(result))
     terminal.show(result, console)
     console.print(f"written: {folder / 'report.json'}, {folder / 'report.html'}", highlight=False, soft_wrap=True)
     return exit_code(result, check_slo=asked.check_slo)
@@ -124,7 +127,3 @@ def exit_code(result: dict[str, Any], *, check_slo: bool) -> int:
     nothing = any(sum(run["finished"] for run in cell["runs"]) == 0 for cell in result["results"])
     missed = check_slo and any(tables.slo(cell) not in ("met", "-") for cell in result["results"])
     return int(nothing or missed)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

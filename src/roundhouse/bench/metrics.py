@@ -118,6 +118,18 @@ class Objective:
         in_time = first is None or 1e3 * first <= self.ttft_ms
         return trace.finished and in_time and (each is None or 1e3 * each <= self.itl_ms)
 
+    def missed_by(self, trace: Trace, answer_tokens: int) -> str | None:
+        """What an answer of so many tokens that is open at `trace.ended` has missed, even if the rest came at once.
+
+        None if it can still be good.
+        """
+        if not trace.streamed:
+            return None
+        waited = 1e3 * (trace.ended - (trace.times[0] if trace.times else trace.sent))
+        if not trace.times:
+            return "no first token by the end of the test" if waited > self.ttft_ms else None
+        return "no end in time by the end of the test" if waited > self.itl_ms * max(answer_tokens - 1, 1) else None
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -1,6 +1,6 @@
 """Scenarios: what is sent, and when. Locust and `roundhouse bench` send the same ones.
 
-Session k of a seed is always the same, whoever sends it: n processes share a scenario by taking every n-th session.
+Session k of a seed is always the same, whoever sends it: processes share a scenario by taking different ones.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ Session = tuple[Request, ...]  # the turns of a conversation, to be sent one aft
 class Sessions:
     """The sessions of a scenario, by number. Raises PromptError where a prompt is too short to be made."""
 
-    def __init__(self, scenario: Scenario, maker: PromptMaker, seed: int) -> None:
+    def __init__(self, scenario: Scenario, maker: PromptMaker, seed: int | str) -> None:
         self._scenario = scenario
         self._maker = maker
         self._seed = seed
@@ -234,8 +234,8 @@ class Sessions:
             requests.append(Request(kind.name, text, tokens, answer, self._abort(kind, answer, chance)))
         return tuple(requests)
 
-    def take(self, count: int) -> list[Session]:
-        return [self(number) for number in range(count)]
+    def take(self, count: int, first: int = 0) -> list[Session]:
+        return [self(number) for number in range(first, first + count)]
 
     def _prefix(self, kind: Kind, chance: random.Random) -> tuple[str, int]:
         if kind.shared_prefix is None:

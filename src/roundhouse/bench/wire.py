@@ -32,7 +32,11 @@ def generate_body(request: Request, *, stream: bool = True) -> dict[str, Any]:
 
 
 def completion_body(request: Request, model: str) -> dict[str, Any]:
-    """For an OpenAI-style `/v1/completions`. `ignore_eos` is vLLM's; without it, answers end when the model says."""
+    """For an OpenAI-style `/v1/completions`. `ignore_eos` is vLLM's; without it, answers end when the model says.
+
+    So is `continuous_usage_stats`, the count in every chunk: who goes away after some tokens has to know them by then.
+    """
+    counted = {} if request.abort_after is None else {"continuous_usage_stats": True}
     return {
         "model": model,
         "prompt": request.prompt,
@@ -40,7 +44,7 @@ def completion_body(request: Request, model: str) -> dict[str, Any]:
         "temperature": 0.0,
         "ignore_eos": True,
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True, **counted},
     }
 
 
@@ -89,10 +93,14 @@ def note_generated(trace: Trace, event: dict[str, Any], at: float) -> None:
 def note_completed(trace: Trace, event: dict[str, Any], at: float) -> None:
     """Add an event of `/v1/completions`.
 
-    A chunk with text counts as one token until the server's own count is known; the last chunk then takes the rest.
+    A chunk with text, and the one that says why the answer ended (its tokens may have no text), counts as one token
+    until the server's own count is known; the last one then takes the rest, and is left out if there is none.
     """
-    if any(choice.get("text") for choice in event.get("choices", ())):
+    if any(choice.get("text") or choice.get("finish_reason") for choice in event.get("choices", ())):
         trace.note(at, 1)
     usage = event.get("usage")
     if usage and trace.tokens:
         trace.tokens[-1] += int(usage["completion_tokens"]) - sum(trace.tokens)
+        if trace.tokens[-1] == 0:
+            trace.times.pop()
+            trace.tokens.pop()

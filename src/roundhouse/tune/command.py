@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from roundhouse import deployment as deployments
-from roundhouse.bench import benchmark, load, scenario
+from roundhouse.bench import benchmark, files, load, scenario
 from roundhouse.bench.benchmark import Benchmark, Contestant, Settings
 from roundhouse.bench.command import UsageError, numbers
 from roundhouse.bench.load import LoadError
@@ -31,7 +30,7 @@ from roundhouse.tune.settle import Effect
 from roundhouse.tune.trials import Bench, Clock, Goal, attempt
 
 SERVER_SECONDS = 12.0  # to start and stop a server, if no trial has told yet
-SETTLING_TRIALS = 5  # settings, at most, for which there is time to look at them one by one after the search
+SETTLING_TRIALS = 5  # settings, at most, for which there is time to look at them after the search: 2 trials for each
 SEARCH_SHARE = 0.4  # of the time, at least
 
 
@@ -139,7 +138,7 @@ class Tuning:
 
     def _reserve(self) -> float:
         """Seconds that are kept for what follows the search. Trials tell how long their servers take to start."""
-        settling = (1 + min(self.search.gained(), SETTLING_TRIALS)) * self._trial_seconds()
+        settling = (1 + 2 * min(self.search.gained(), SETTLING_TRIALS)) * self._trial_seconds()
         return min(self._confirming() + settling, (1 - SEARCH_SHARE) * self.clock.seconds)
 
     def _told(self, record: dict[str, Any]) -> None:
@@ -150,13 +149,13 @@ class Tuning:
             said = f"{record['state']}: {str(record.get('why', '')).splitlines()[0][:160]}"
         changed = ", ".join(f"{key} {value}" for key, value in record["changed"].items()) or "the start"
         self._say(f"trial {record['trial']}: {said}; best {self._best:.3f}  [{changed}]")
-        self.write("trials.json", {"trials": self.search.records()})
+        files.write_json(self.folder / "trials.json", {"trials": self.search.records()})
 
     def _write_tuned(self, kept: dict[str, Any]) -> str:
         raw = space.relative_to(space.override(self.raw, kept), self.folder, self.asked.deployment)
         text = f"# {self.asked.deployment.name}, tuned for: {self.scenario.description}\n"
         text += yaml.safe_dump(raw, sort_keys=False)
-        (self.folder / "tuned.yaml").write_text(text, encoding="utf-8")
+        files.write(self.folder / "tuned.yaml", text)
         return text
 
     def _confirm(self) -> dict[str, Any]:
@@ -214,10 +213,6 @@ class Tuning:
         when = f"{time.strftime('%H:%M:%S')}  {left // 60:.0f}:{left % 60:02.0f} left"
         self.console.print(f"{when}  {text}", markup=False, highlight=False, soft_wrap=True)
 
-    def write(self, name: str, content: Any) -> None:
-        """JSON into the folder."""
-        (self.folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
 
 def _lighter(level: Level) -> Level | None:
     match level:
@@ -243,9 +238,9 @@ def tune(asked: Asked) -> int:
         return 130
     from roundhouse.tune import report
 
-    tuning.write("trials.json", outcome)
-    (tuning.folder / "report.html").write_text(report.html(outcome), encoding="utf-8")
-    (tuning.folder / "pareto.svg").write_text(report.pareto(outcome["trials"]), encoding="utf-8")
+    files.write_json(tuning.folder / "trials.json", outcome)
+    files.write(tuning.folder / "report.html", report.html(outcome))
+    files.write(tuning.folder / "pareto.svg", report.pareto(outcome["trials"]))
     for line in outcome["advice"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     names = ", ".join(str(tuning.folder / name) for name in ("tuned.yaml", "trials.json", "report.html", "pareto.svg"))

@@ -13,6 +13,7 @@ from roundhouse.tune.space import override
 from roundhouse.tune.trials import Bench, BrokenError, Clock
 
 Values = dict[str, Any]
+NEAR = (0.97, 1.15)  # a factor between these may come from noise alone: one pair of runs does not tell
 
 
 @dataclass(frozen=True)
@@ -45,27 +46,41 @@ def settle(
 ) -> tuple[Values, list[Effect]]:  # fmt: skip
     """Take back one new setting after the other, and leave it so where that costs nothing.
 
-    Returns what is left of the new settings, and what each brought. Stops when only `reserve` seconds are left:
-    settings that were not looked at by then stay new.
+    Where a factor is near to 1, the pair is measured once more if that leaves time for the other settings, and the
+    means count. Returns what is left of the new settings, and what each brought. Stops when only `reserve` seconds are
+    left: settings that were not looked at by then stay new.
     """
-    kept, effects = changes(start, found), []
+
+    def measured(values: Values) -> float:
+        return bench.score(attempt(override(raw, values), bench, lambda step, rate: None))
+
+    new = changes(start, found)
+    kept, effects = new, []
     with suppress(BrokenError):  # measured anew: the best of a search is the luckiest of its trials, too
-        score = bench.score(attempt(override(raw, kept), bench, lambda step, rate: None))
-    for key in list(kept):
-        if clock.left < reserve:
+        score = measured(kept)
+    for done, key in enumerate(new):
+        if (before := clock.left) < reserve:
             break
         less = {other: wanted for other, wanted in kept.items() if other != key}
         try:
-            without = bench.score(attempt(override(raw, less), bench, lambda step, rate: None))
+            without = measured(less)
         except BrokenError:
             effects.append(Effect(key, start[key], kept[key], None, kept=True))
         else:
-            factor = min(score / without, 1e6) if without > 0 else 1e6
+            needed = (len(new) - done + 1) * (before - clock.left)
+            if NEAR[0] <= _factor(score, without) <= NEAR[1] and clock.left - needed >= reserve:
+                with suppress(BrokenError):
+                    score, without = (score + measured(kept)) / 2, (without + measured(less)) / 2
+            factor = _factor(score, without)
             effects.append(Effect(key, start[key], kept[key], round(factor, 3), kept=factor >= WORTH))
             if factor < WORTH:
-                kept, score = less, max(score, without)
+                kept, score = less, without
         told(effects[-1])
     return kept, effects
+
+
+def _factor(score: float, without: float) -> float:
+    return min(score / without, 1e6) if without > 0 else 1e6
 
 
 def gains(result: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -95,7 +110,13 @@ def advice(
         yield _gain_line(gain, what)
     yield from (effect.line() for effect in sorted(found, key=lambda effect: -(effect.factor or float("inf"))))
     better = [gain["level"] for gain in gained if _pays(gain)]
-    if found and len(better) < len(gained):
+    unsure = [gain["level"] for gain in gained if gain["ratio"] and not _pays(gain) and (gain["to"] or 1) >= 1]
+    if unsure:
+        yield (
+            f"not proven at {', '.join(unsure)}: the 95 % interval includes 1 (that of a single pair has no ends), so "
+            "the tuned file may be no better there; measure again with more --repeats, and the --minutes for them"
+        )
+    if found and len(better) < len(gained) and len(unsure) < len(gained):
         where = ", ".join(better) or "none of the loads that were compared"
         yield f"the new settings pay at {where}; with another load, tune again"
     broken = [record for record in records if record["state"] == "broken"]
@@ -104,9 +125,10 @@ def advice(
 
 
 def _pays(gain: dict[str, Any]) -> bool:
+    """Whether the gain is proven: the whole interval lies above 1, or there was nothing at all before."""
     if gain["ratio"] is None:
         return (gain["tuned"] or 0.0) > (gain["start"] or 0.0)
-    return bool(gain["ratio"] >= WORTH)
+    return gain["from"] is not None and bool(gain["from"] > 1)
 
 
 def _gain_line(gain: dict[str, Any], what: str) -> str:
