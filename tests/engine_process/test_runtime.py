@@ -6,6 +6,7 @@ import fcntl
 import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,27 @@ def test_there_must_be_such_a_server() -> None:
         gone.wait()
     with pytest.raises(EngineError, match="is gone"):
         runtime.runtime_dir(gone.pid)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [(None, 30.0), ("", 30.0), (" 90.5 ", 90.5)])
+def test_seconds_of_the_environment(monkeypatch: pytest.MonkeyPatch, text: str | None, seconds: float) -> None:
+    monkeypatch.delenv("SOME_SECONDS", raising=False)
+    if text is not None:
+        monkeypatch.setenv("SOME_SECONDS", text)
+    assert runtime.seconds_of("SOME_SECONDS", 30.0) == seconds
+
+
+@pytest.mark.parametrize("text", ["abc", "0", "-1", "nan"])
+def test_seconds_that_cannot_be_are_refused_by_name(text: str) -> None:
+    """In the process that reads them first: one line, no traceback."""
+    command = [sys.executable, "-c", "import roundhouse.engine.runtime"]
+    environment = {**os.environ, "ROUNDHOUSE_HANG_SECONDS": text}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"environment variable ROUNDHOUSE_HANG_SECONDS: {text!r} is not allowed; "
+        "it must be a number of seconds, more than 0\n"
+    )
 
 
 STUB = ["/backends/python/triton_python_backend_stub", "/models/ensemble/1/model.py", "region", "16777216", "16777216"]

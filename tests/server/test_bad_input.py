@@ -53,6 +53,11 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("stop word of invalid UTF-8", {"stop_words": [b"\xff"]}, "stop_words"),
     ("bias words without weights", {"embedding_bias_words": ["a"]}, "embedding_bias_weights"),
     ("bias lengths differ", {"embedding_bias_words": ["a", "b"], "embedding_bias_weights": [1.0]}, "embedding_bias"),
+    (
+        "a huge bias word",
+        {"embedding_bias_words": ["x" * 200_000], "embedding_bias_weights": [1.0]},
+        "embedding_bias_words",
+    ),
     ("bias NaN", {"embedding_bias_words": ["a"], "embedding_bias_weights": [float("nan")]}, "embedding_bias_weights"),
     ("unknown guide type", {"guided_decoding_guide_type": "yaml"}, "guided_decoding_guide_type"),
     ("guide without type", {"guided_decoding_guide": "{}"}, "guided_decoding_guide_type"),
@@ -136,6 +141,20 @@ def test_http_errors_are_the_clients_fault_and_say_so(
     reply = generate(local_cpu, model, **body)
     assert reply.status_code == 400
     assert named in reply.json()["error"] or "expected number of inputs" in reply.json()["error"]
+
+
+def test_a_call_of_postprocessing_that_would_keep_all_others_waiting_is_refused(local_cpu: Any) -> None:
+    ids = np.full((1, 1, 2_000_000), 264, dtype=np.int32)
+    inputs = {"TOKENS_BATCH": ids, "SEQUENCE_LENGTH": np.array([[ids.size]], dtype=np.int32)}
+    with pytest.raises(InferenceServerException, match="TOKENS_BATCH: has 2000000 values"):
+        ask(local_cpu, "postprocessing", **inputs)
+
+
+@pytest.mark.parametrize("model", ["tensorrt_llm_bls", "ensemble"])
+def test_the_longest_timeout_harms_nobody(local_cpu: Any, model: str) -> None:
+    with opened(local_cpu, model, {**GOOD, "exclude_input_in_output": True}) as neighbour:
+        assert generate(local_cpu, model, **GOOD, timeout=2**63 - 1).status_code == 200
+        assert [reply.text.strip() for reply in neighbour.replies()] == ["fine"]
 
 
 def test_unknown_fields_of_generate_are_ignored(local_cpu: Any) -> None:

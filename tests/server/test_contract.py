@@ -150,6 +150,7 @@ class TestCounts:
         assert reused() > 0
         assert reused(cache_salt="another tenant") == 0
         assert reused(cache_salt="another tenant") > 0
+        assert reused(cache_salt="another tenant\0") == 0
 
     def test_timings_are_in_order(self, local_cpu: Any, model: str) -> None:
         tensors = ask(local_cpu, model, text_input=PROMPT, max_tokens=4, return_perf_metrics=True)[-1].tensors

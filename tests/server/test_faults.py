@@ -145,6 +145,14 @@ def test_past_the_queue_requests_are_refused_at_once(start: Start) -> None:
     until(lambda: idle(server), 2, "idle")
 
 
+@pytest.mark.parametrize("model", ["tensorrt_llm_bls", "ensemble"])
+def test_more_sequences_than_queue_and_engine_hold_are_refused_as_one(synthetic: Any, model: str) -> None:
+    with opened(synthetic, model, {"text_input": "x", "max_tokens": 1, "num_return_sequences": 100}) as stream:
+        reply = stream.queue.get(timeout=10)
+    assert "Exceeds maximum queue size of 16" in str(reply.error)
+    assert "100 sequences" in str(reply.error)
+
+
 def test_an_engine_that_cannot_load_fails_the_start_with_its_reason(tmp_path: Any) -> None:
     import subprocess
     import sys

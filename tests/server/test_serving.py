@@ -41,7 +41,9 @@ def test_not_decoupled_serves_unary_clients(start: Start) -> None:
                 made[-1].set_data_from_numpy(array, binary_data=False)
             assert http.infer(model, made).as_numpy("text_output")[0].strip() in ("one two three", b"one two three")
         assert generate(server, model, **body).json()["text_output"].strip() == "one two three"
-        with pytest.raises(InferenceServerException, match="Streaming is only supported if model is deployed"):
+        with pytest.raises(
+            InferenceServerException, match=r"decoupled mode\. Set serving\.decoupled of the deployment"
+        ):
             ask(server, model, text_input=PROMPT, max_tokens=4, stream=True)
 
 

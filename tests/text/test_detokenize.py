@@ -30,6 +30,16 @@ def stream(detokenizer: Detokenizer, chunks: Sequence[Sequence[int]]) -> list[st
     return texts
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_skipped_ids_are_those_that_leave_no_text(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    special = set(tokenizer.special_tokens.values())
+    skipping, plain = Detokenizer(tokenizer), Detokenizer(tokenizer, skip_special_tokens=False)
+    ids = range(tokenizer.vocab_size + 3)
+    assert {i for i in ids if skipping.skips(i)} == special | set(ids[tokenizer.vocab_size :])
+    assert {i for i in ids if plain.skips(i)} == set(ids[tokenizer.vocab_size :])
+
+
 def id_lists(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
     """Random ids, with more of the ids that make trouble than there are in the vocabulary, and some unknown ids."""
     backend = tokenizer.backend

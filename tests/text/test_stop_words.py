@@ -23,7 +23,8 @@ def ids_of(tokenizer: Tokenizer, *texts: str) -> list[list[int]]:
 
 def first_stop(detokenizer: Detokenizer, words: list[list[int]], ids: list[int], min_tokens: int) -> int | None:
     """The definition, on the texts of whole prefixes: index of the token that ends the answer."""
-    texts = [text for word in words if (text := detokenizer.text(word)) and "\ufffd" not in text]
+    of_text = [word for word in words if not any(map(detokenizer.skips, word))]
+    texts = [text for word in of_text if (text := detokenizer.text(word)) and "\ufffd" not in text]
     earlier: list[str] = []
     for index in range(len(ids)):
         answer = ids[: index + 1]
@@ -63,7 +64,8 @@ def test_an_answer_ends_where_the_definition_says(
     # Words that occur: pieces of the ids and of the text; and words that may not.
     start, length = data.draw(st.tuples(st.integers(0, 40), st.integers(1, 4)))
     text = detokenizer.text(ids)[start : start + length]
-    candidates = [ids[start : start + length], *ids_of(tokenizer, text, "o"), data.draw(id_lists(tokenizer))]
+    mixed = f"<|im_start|>{text}", f"{text}</s>"
+    candidates = [ids[start : start + length], *ids_of(tokenizer, text, "o", *mixed), data.draw(id_lists(tokenizer))]
     words = [word for word in candidates if word]
     chunks = [list(chunk) for chunk in cut(ids, places)]
     assert feed(StopMatcher(words, detokenizer, min_tokens), chunks) == first_stop(detokenizer, words, ids, min_tokens)
@@ -117,6 +119,34 @@ def test_a_special_token_ends_the_answer_by_its_id() -> None:
     tokenizer = tokenizer_of("byte_level")
     special, answer = ids_of(tokenizer, "<|im_start|>", "a b<|im_start|>c")
     assert StopMatcher([special], Detokenizer(tokenizer)).find(answer) == answer.index(special[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("word", ["<|im_start|>o", "o<|im_start|>", "t</s>o", "<|im_start|></s>"])
+def test_a_word_with_a_special_token_is_not_what_is_left_of_it(family: str, word: str) -> None:
+    tokenizer = tokenizer_of(family)
+    ids, answer = ids_of(tokenizer, word, "o fox to o, do")
+    matcher = StopMatcher([ids], Detokenizer(tokenizer))
+    assert matcher.find(answer) is None
+    assert matcher.find([*ids, *answer]) == len(ids) - 1
+
+
+def test_special_tokens_that_stay_in_the_text_are_text() -> None:
+    tokenizer = tokenizer_of("byte_level")
+    (word,) = ids_of(tokenizer, "<|im_start|>fox")
+    answer = [word[0], *map(tokenizer.backend.token_to_id, "fox")]
+    assert StopMatcher([word], Detokenizer(tokenizer, skip_special_tokens=False)).find(answer) == 3
+    assert StopMatcher([word], Detokenizer(tokenizer)).find(answer) is None
+
+
+def test_another_matcher_begins_anew() -> None:
+    tokenizer = tokenizer_of("byte_level")
+    word, letters = ids_of(tokenizer, "fox")[0], list(map(tokenizer.backend.token_to_id, "fox"))
+    first = StopMatcher([word], Detokenizer(tokenizer), min_tokens=3)
+    assert first.find(letters[:2]) is None
+    assert first.another().find(letters[2:]) is None
+    assert first.another().find(letters) == 2
+    assert first.find(letters[2:]) == 0
 
 
 def test_min_tokens_passes_over_early_words() -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import zmq
 
-from roundhouse.engine.protocol import Error, ErrorCode, FinishReason, Output, Request
+from roundhouse.engine.protocol import Error, ErrorCode, FinishReason, Output, Request, Submit, encode
 from roundhouse.text.detokenize import Detokenizer
 from roundhouse.text.tokenizer import Tokenizer
+from roundhouse.triton import front as fronts
 from roundhouse.triton.front import Front
 from roundhouse.triton.generation import Generation
 from roundhouse.triton.mailbox import Passed, Post
@@ -171,6 +172,24 @@ def test_a_stop_word_ends_the_answer_and_cancels_the_engine(front: Front, client
     assert "".join(sender.texts) == "now stop"
     assert client.cancelled == [id]
     assert sender.responses[-1]["finish_reason"][0] == b"stop"
+
+
+def test_stop_words_are_decoded_once_for_all_samples(
+    front: Front, client: QueueClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[Sequence[int]] = []
+    decode = Tokenizer.decode
+    monkeypatch.setattr(Tokenizer, "decode", lambda *given: (decoded.append(given[1]), decode(*given))[1])
+    word = tuple(TOKENIZER.encode("stop", False))
+    made, sender = job(stop_words=(word,), sequences=3)
+    submit(front, client, made)
+    first, *others = (request.id for request in client.submitted)
+    for token in TOKENIZER.encode("now stop here", False):
+        client.give(Output(id=first, tokens=[token]), *(Output(id=id, tokens=[10]) for id in others))
+    client.give(*(Output(id=id, tokens=[], finish_reason=FinishReason.LENGTH) for id in others))
+    assert sender.finished.wait(5)
+    assert client.cancelled == [first]
+    assert [list(ids) for ids in decoded].count(list(word)) == 1
 
 
 def test_a_client_that_goes_away_frees_its_stream(front: Front, client: QueueClient) -> None:
@@ -347,6 +366,37 @@ class TestEnsembleStep:
         assert chunk["sequence_length"].item() > 1, "they have waited for text"
         assert 0.5 < time.monotonic() - began < 3.5
 
+    @pytest.mark.parametrize("silence", ["LOST_SECONDS", "SILENT_SECONDS"])
+    def test_a_pause_of_the_whole_machine_loses_nothing(
+        self, client: QueueClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silence: str
+    ) -> None:
+        monkeypatch.setattr(fronts, silence, 1.0)
+        front = start(client, tmp_path)
+        (made, sender), post, poll = job(form=Form.STEP), Post(tmp_path), client.poll
+        id = submit(front, client, made)
+        letter = TOKENIZER.encode("a", False)
+        for number in (1, 2):
+            client.give(Output(id=id, tokens=letter))
+            until(lambda number=number: len(sender.responses) == number)
+        if silence == "LOST_SECONDS":
+            post.send(1, Passed(id, 2))
+
+        def stopped(timeout: float) -> list[Output]:
+            time.sleep(2)
+            client.poll = poll  # type: ignore[method-assign]
+            return poll(timeout)
+
+        client.poll = stopped  # type: ignore[method-assign]
+        until(lambda: client.poll == poll)
+        time.sleep(0.1)
+        assert not client.cancelled
+        post.send(1, Passed(id, 1))
+        client.give(Output(id=id, tokens=letter, finish_reason=FinishReason.LENGTH))
+        assert sender.finished.wait(1)
+        assert not sender.errors
+        post.close()
+        front.close()
+
     def test_a_lost_chunk_means_that_the_client_is_gone(self, front: Front, client: QueueClient) -> None:
         made, sender = job(form=Form.STEP)
         id = submit(front, client, made)
@@ -406,6 +456,31 @@ class TestMistakes:
         good, good_sender = job()
         client.give(Output(id=submit(front, client, good), tokens=[10], finish_reason=FinishReason.STOP))
         assert good_sender.finished.wait(5)
+
+    def test_a_request_that_cannot_be_sent(self, front: Front, client: QueueClient, log: list[str]) -> None:
+        live, live_sender = job()
+        live_id = submit(front, client, live)
+        (bad, bad_sender), (good, good_sender) = job(), job()
+        bad.deadline_ns = 2**64
+        take = client.submit
+
+        def send(requests: Sequence[Request]) -> None:
+            encode(Submit(list(requests)))
+            take(requests)
+
+        client.submit = send  # type: ignore[method-assign]
+        front._orders += [bad, good]  # both in one turn
+        client.wake()
+        assert bad_sender.finished.wait(5)
+        assert bad_sender.errors[0].code is ErrorCode.INTERNAL
+        assert "OverflowError" in log[0]
+        until(lambda: len(client.submitted) == 2)
+        client.give(
+            *(Output(id=id, tokens=[10], finish_reason=FinishReason.STOP) for id in (live_id, client.submitted[1].id))
+        )
+        for sender in (live_sender, good_sender):
+            assert sender.finished.wait(5)
+            assert not sender.errors
 
     def test_a_client_that_fails(self, front: Front, client: QueueClient, log: list[str]) -> None:
         made, sender = job()

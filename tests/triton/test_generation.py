@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from roundhouse.engine.base import RequestError
-from roundhouse.engine.protocol import EngineInfo, ErrorCode, Feature
+from roundhouse.engine.protocol import EngineInfo, ErrorCode, Feature, Request, Submit, encode
 from roundhouse.text.stop_words import encode_word_list
 from roundhouse.text.tokenizer import Tokenizer
-from roundhouse.triton.fields import Fields, batch_of
-from roundhouse.triton.generation import TENSORRT_LLM_NAMES, Generation, from_text, from_tokens
+from roundhouse.triton.fields import Fields, batch_of, deadline_of, timeout_of
+from roundhouse.triton.generation import TENSORRT_LLM_NAMES, Generation, check_room, from_text, from_tokens
 
 TINY = Path(__file__).parents[2] / "models/tiny"
 TOKENIZER = Tokenizer.load(TINY)
@@ -71,6 +71,10 @@ class TestDefaults:
     def test_any_sampling_setting_turns_sampling_on(self, given: dict[str, float]) -> None:
         assert not text(**given).request.sampling.greedy
 
+    @pytest.mark.parametrize("unset", [{"top_p": 0.0}, {"top_p": -1.0}, {"top_k": 0}, {"top_k": 0, "top_p": 0.0}])
+    def test_what_counts_as_unset_turns_no_sampling_on(self, unset: dict[str, float]) -> None:
+        assert text(**unset).request.sampling == text().request.sampling
+
     def test_temperature_zero_is_greedy(self) -> None:
         assert text(temperature=0.0, top_p=0.9).request.sampling.greedy
 
@@ -79,8 +83,9 @@ class TestDefaults:
         assert not text(exclude_input_in_output=True).echo
 
     def test_top_p_of_zero_or_less_counts_as_unset(self) -> None:
-        assert text(top_p=0.0).request.sampling.top_p == 1.0
-        assert text(top_p=-1.0).request.sampling.top_p == 1.0
+        for top_p in (0.0, -1.0):
+            sampled = text(top_p=top_p, temperature=0.7).request.sampling
+            assert sampled == text(temperature=0.7).request.sampling
 
 
 class TestNames:
@@ -160,6 +165,7 @@ class TestRefusals:
             ({"stop_words": ["x"] * 2000}, "stop_words: has 2000 words"),
             ({"bad_words": ["x" * 100_000]}, "bad_words: has 100000 characters"),
             ({"embedding_bias_words": ["a"], "embedding_bias_weights": [float("nan")]}, "embedding_bias_weights"),
+            ({"embedding_bias_words": ["x" * 100_000]}, "embedding_bias_words: has 100000 characters"),
             ({"guided_decoding_guide_type": "yaml"}, "guided_decoding_guide_type: 'yaml' is not allowed"),
             ({"guided_decoding_guide_type": "regex"}, "guided_decoding_guide: missing"),
             ({"guided_decoding_guide": "{}"}, "guided_decoding_guide_type: missing"),
@@ -185,6 +191,38 @@ class TestRefusals:
         error = refusal(**inputs)
         assert error.code is ErrorCode.UNSUPPORTED
         assert error.message.startswith(next(iter(inputs)) + ": ")
+
+    def test_a_bias_that_the_engine_lacks_is_not_tokenised(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        info = msgspec.structs.replace(INFO, lacks={Feature.LOGIT_BIAS: "it emits tokens at a rate"})
+        assert text(info, embedding_bias_words=[""]).request.sampling.logit_bias == {}
+        monkeypatch.setattr(Tokenizer, "encode", lambda *_, **__: pytest.fail("tokenised"))
+        with pytest.raises(RequestError, match=r"^embedding_bias_words: it emits tokens at a rate") as caught:
+            text(info, embedding_bias_words=["a"], embedding_bias_weights=[1.0])
+        assert caught.value.code is ErrorCode.UNSUPPORTED
+
+    @pytest.mark.parametrize(
+        ("prompt", "max_tokens", "way_out"),
+        [
+            (2040, 10, "ask for at most 8 tokens"),
+            (2048, 10, "shorten the prompt to 2038 tokens or less"),
+            (2048, 2047, "shorten the prompt to 1 tokens or less"),
+            (2048, 2048, "shorten the prompt, and ask for fewer max_tokens"),
+        ],
+    )
+    def test_a_prompt_that_does_not_fit_is_told_what_would(self, prompt: int, max_tokens: int, way_out: str) -> None:
+        with pytest.raises(RequestError) as caught:
+            tokens(input_ids=[5] * prompt, input_lengths=prompt, max_tokens=max_tokens)
+        assert caught.value.message == (
+            f"prompt + max_tokens: {prompt} + {max_tokens} tokens exceed max_seq_len 2048; {way_out}"
+        )
+
+    @pytest.mark.parametrize(("ensemble", "sent"), [(True, "text_input"), (False, "input_lengths")])
+    def test_a_prompt_that_is_too_long_is_named_as_it_was_sent(self, ensemble: bool, sent: str) -> None:
+        with pytest.raises(RequestError) as caught:
+            tokens(ensemble=ensemble, input_ids=[5] * 2049, input_lengths=2049)
+        assert caught.value.message == (
+            f"{sent}: the prompt's 2049 tokens do not fit into max_seq_len 2048; shorten the prompt"
+        )
 
     def test_adapters_are_named_by_id_and_sent_only_where_the_engine_takes_them(self) -> None:
         info = msgspec.structs.replace(INFO, lacks={Feature.LORA_WEIGHTS: "adapters are those of the deployment"})
@@ -215,8 +253,34 @@ class TestSequences:
         unseeded = text(num_return_sequences=2, temperature=1.0)
         assert [request.sampling.seed for request in unseeded.engine_requests()] == [None, None]
 
+    def test_more_than_the_engine_can_hold_are_refused_as_the_engine_would(self) -> None:
+        room = INFO.max_batch_size + INFO.max_queue
+        check_room([text(num_return_sequences=room - 1), None, text()], INFO)
+        with pytest.raises(
+            RequestError, match=r"^Exceeds maximum queue size of 8 waiting requests: .* 17 seq"
+        ) as caught:
+            check_room([text(num_return_sequences=room - 1), None, text(), text()], INFO)
+        assert caught.value.code is ErrorCode.QUEUE_FULL
+
+
+class TestDeadlines:
+    def test_a_timeout_is_of_microseconds(self) -> None:
+        assert deadline_of(5, timeout_of(7, None)) == 7005
+        assert deadline_of(5, timeout_of(0, None)) == 0
+
+    def test_the_longest_timeout_is_a_time_that_the_engine_can_be_told(self) -> None:
+        deadline = deadline_of(10**15, timeout_of(0, 2**63 - 1))
+        assert deadline > 10**18
+        assert encode(Submit([Request(id=1, prompt=(5,), max_tokens=1, deadline_ns=deadline)]))
+
 
 class TestBatch:
+    @pytest.mark.parametrize("shape", [(2,), (2, 1)])
+    def test_strings_keep_what_numpy_takes_for_padding(self, shape: tuple[int, ...]) -> None:
+        """`cache_salt` would be another's."""
+        batch = batch_of({"cache_salt": np.array([b"ab\0", b"ab"], dtype=np.object_).reshape(shape)})
+        assert [fields.string("cache_salt") for fields in batch] == ["ab\0", "ab"]
+
     def test_rows_are_split(self) -> None:
         first, second = batch_of({"a": np.array([[1], [2]]), "b": np.array([3, 4])})
         assert (first.integer("a"), first.integer("b")) == (1, 3)

@@ -8,6 +8,7 @@ import secrets
 import select
 import shutil
 import stat
+import sys
 import tempfile
 import threading
 import time
@@ -54,7 +55,20 @@ def servers() -> dict[int, ServerRecord]:
 
 MAX_SOCKET_PATH = 107  # bytes; the kernel's limit
 STALE_SECONDS = 60.0  # for which a folder is left alone, whoever made it
-HANG_SECONDS = float(os.environ.get("ROUNDHOUSE_HANG_SECONDS", "30"))  # without a sign of life, or without a step
+
+
+def seconds_of(name: str, default: float) -> float:
+    """What an environment variable sets, or the default. Ends the process, naming the variable, if it cannot be."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    with suppress(ValueError):
+        if (seconds := float(text)) > 0:
+            return seconds
+    sys.exit(f"environment variable {name}: {text!r} is not allowed; it must be a number of seconds, more than 0")
+
+
+HANG_SECONDS = seconds_of("ROUNDHOUSE_HANG_SECONDS", 30.0)  # without a sign of life, or without a step
 
 
 def runtime_dir(server_pid: int) -> Path:

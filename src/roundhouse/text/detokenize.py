@@ -53,6 +53,11 @@ class Detokenizer:
         """What one token adds to an answer, in UTF-8; part of a character for some."""
         return self._decoder.token_bytes(token_id)
 
+    def skips(self, token_id: int) -> bool:
+        """Whether an id leaves no text in an answer: of a special token, or outside the vocabulary."""
+        token = self._tokenizer.backend.id_to_token(token_id)
+        return token is None or (self._skip_special_tokens and token in self._tokenizer.special_tokens)
+
     def text(self, ids: Sequence[int]) -> str:
         """Text of a whole answer."""
         return self._tokenizer.decode(ids, self._skip_special_tokens)

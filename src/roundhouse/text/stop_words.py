@@ -5,12 +5,15 @@ row 0, padded with -1. Words of 2 and 3 tokens: `[[a, b, c, d, e], [2, 5, -1, -1
 
 An answer ends with the first token after which its ids end with the ids of a stop word, or its text contains the text
 of one that it did not contain before. The second rule makes stop words independent of how the model happens to cut its
-text into tokens; the first covers words without text (special tokens). The stop word stays in the answer, what follows
-the token that completes it is dropped. Tokens are looked at one by one: the chunks in which they come do not matter.
+text into tokens; the first covers words with special tokens, which have no text: what the decoder makes of the rest of
+such a word would be another word. The stop word stays in the answer, what follows the token that completes it is
+dropped. Tokens are looked at one by one: the chunks in which they come do not matter.
 """
 
+import copy
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -122,10 +125,20 @@ class StopMatcher:
         self._detokenizer = detokenizer
         self._min_tokens = min_tokens
         self._words = [list(word) for word in words]
+        texts = [detokenizer.text(word) for word in words if not any(map(detokenizer.skips, word))]
         # A U+FFFD stands for part of a character: such a word is a matter of ids alone.
-        self._texts = [text for text in map(detokenizer.text, words) if text and _REPLACEMENT not in text]
+        self._texts = [text for text in texts if text and _REPLACEMENT not in text]
         self._longest_word = max(map(len, self._words), default=0)
         self._longest_text = max(map(len, self._texts), default=0)
+        self._start()
+
+    def another(self) -> Self:
+        """For one more answer with the same words: they are not decoded again."""
+        matcher = copy.copy(self)
+        matcher._start()
+        return matcher
+
+    def _start(self) -> None:
         self._count = 0
         self._ids: list[int] = []  # the last ids
         self._window: list[int] = []  # the detokenizer's

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-import numpy as np
 import numpy.typing as npt
 
 from roundhouse.engine.base import RequestError
 from roundhouse.engine.protocol import ErrorCode
 
 Array = npt.NDArray[Any]
+LATEST_NS = 2**63 - 1  # engines, and the messages to them, count no further
 
 
 def refuse(message: str) -> NoReturn:
@@ -102,9 +102,12 @@ def batch_of(tensors: Mapping[str, Array], *, labels: Mapping[str, str] | None =
         if size != batch:
             label = (labels or {}).get(name, name)
             refuse(f"{label}: has a batch of {size}, other inputs have {batch}; send one row for each prompt")
-    return [
-        Fields({name: np.atleast_1d(array[row]) for name, array in tensors.items()}, labels) for row in range(batch)
-    ]
+    return [Fields({name: _row(array, row) for name, array in tensors.items()}, labels) for row in range(batch)]
+
+
+def _row(array: Array, row: int) -> Array:
+    """A row, as an array also where it is one value: numpy would make its own string of it, without NULs at its end."""
+    return array[row] if array.ndim > 1 else array[row : row + 1]
 
 
 def timeout_of(triton: int, parameter: object) -> int:
@@ -117,3 +120,8 @@ def timeout_of(triton: int, parameter: object) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         refuse(f"timeout: {value!r} is not allowed; give the microseconds after which the request may be dropped")
     return value
+
+
+def deadline_of(arrival_ns: int, timeout: int) -> int:
+    """When a request of so many microseconds expires, in monotonic nanoseconds; 0 for never."""
+    return min(arrival_ns + 1000 * timeout, LATEST_NS) if timeout else 0

@@ -24,6 +24,7 @@ from roundhouse.bugs import described
 from roundhouse.engine.protocol import Error, ErrorCode, FinishReason, Output, Request, Stats
 from roundhouse.metrics import Record
 from roundhouse.text.detokenize import Detokenizer
+from roundhouse.text.stop_words import StopMatcher
 from roundhouse.triton.mailbox import Mailbox, Passed, Post, Stop
 from roundhouse.triton.metrics import Metrics
 from roundhouse.triton.pacing import Pace, Passage
@@ -36,6 +37,7 @@ MAX_ON_THE_WAY = 16  # chunks of all streams of all fronts: so long is the queue
 PASSAGE_SECONDS = 0.1  # after which a chunk that was not passed on holds up no other
 LOST_SECONDS = 1.5  # a chunk that postprocessing did not get, while it got later ones of others
 SILENT_SECONDS = 2.2  # the same, when there were none of others
+LONGEST_TURN = 0.5  # of the loop, as silence counts; what is longer was our own: stopped, or the machine slept
 TEXTLESS_SECONDS = 0.5  # tokens without text go to postprocessing after it, to learn whether the client is there
 STEP_COST = 2.5  # responses: what a chunk on its way through postprocessing too takes of the machine
 CHECKS_PER_SECOND = 400  # questions to Triton whether a client is still there; each costs about 0.1 ms
@@ -95,7 +97,9 @@ class Front:
         self._mailbox = Mailbox(folder, number)
         self._post = Post(folder)
         client.watch(self._mailbox.socket)
-        self._pace = Pace(responses_per_second, time.monotonic())
+        self._turned = time.monotonic()
+        self._paused = 0.0  # seconds that do not count: see LONGEST_TURN
+        self._pace = Pace(responses_per_second, self._now())
         self._orders: deque[Job | Stop] = deque()  # from `execute`
         self._jobs: deque[Job] = deque()  # in the order in which their clients are asked for
         self._streams: dict[int, Stream] = {}
@@ -126,7 +130,9 @@ class Front:
     def _run(self) -> None:
         while not self._closing:
             try:
-                for output in self._client.poll(self._timeout()):
+                outputs = self._client.poll(self._timeout())
+                self._turn()
+                for output in outputs:
                     self._take(output)
                 self._take_orders()
                 self._read_mail()
@@ -141,8 +147,18 @@ class Front:
         self._post.close()
         self._client.close()
 
-    def _timeout(self) -> float:
+    def _now(self) -> float:
+        """Monotonic seconds, without those in which this process did not run."""
+        return time.monotonic() - self._paused
+
+    def _turn(self) -> None:
+        """Called once a turn of the loop: what it took beyond LONGEST_TURN is no silence."""
         now = time.monotonic()
+        self._paused += max(now - self._turned - LONGEST_TURN, 0.0)
+        self._turned = now
+
+    def _timeout(self) -> float:
+        now = self._now()
         waits = [IDLE_SECONDS]
         if self._urgent:
             return 0.0
@@ -153,18 +169,29 @@ class Front:
         return min(waits)
 
     def _take_orders(self) -> None:
-        requests: list[Request] = []
+        opened: list[tuple[Job, list[Request]]] = []
         while self._orders:
             order = self._orders.popleft()
             if isinstance(order, Stop):
                 self._post.broadcast(order)
             else:
                 try:
-                    requests += self._open(order)
+                    opened.append((order, self._open(order)))
                 except Exception as error:
                     self._break(order, error)
-        if requests:
-            self._client.submit(requests)
+        if opened:
+            self._submit(opened)
+
+    def _submit(self, opened: list[tuple[Job, list[Request]]]) -> None:
+        """Together, so that the engine can begin them together; if they cannot be sent so, job by job."""
+        try:
+            self._client.submit([request for _, requests in opened for request in requests])
+        except Exception:
+            for job, requests in opened:
+                try:
+                    self._client.submit(requests)
+                except Exception as error:
+                    self._break(job, error)
 
     def _open(self, job: Job) -> list[Request]:
         requests = []
@@ -172,9 +199,12 @@ class Front:
         for batch_index, generation in enumerate(job.generations):
             if generation is None:
                 continue  # refused already; its neighbours in the batch go on
+            words, min_tokens = generation.stop_words, generation.request.sampling.min_tokens
+            matcher = StopMatcher(words, self._detokenizer, min_tokens) if words else None
             for sequence_index, request in enumerate(generation.engine_requests()):
                 id = secrets.randbits(62)  # clients of postprocessing can name a stream: they must not guess it
-                stream = Stream(self._number, id, job, generation, batch_index, sequence_index, self._detokenizer)
+                own = matcher.another() if matcher is not None else None
+                stream = Stream(self._number, id, job, generation, batch_index, sequence_index, self._detokenizer, own)
                 job.streams.append(stream)
                 self._streams[stream.id] = stream
                 times = {"arrival_ns": job.arrival_ns, "deadline_ns": job.deadline_ns}
@@ -239,7 +269,7 @@ class Front:
         return max(self._pace.wait(now), passage)
 
     def _send(self) -> None:
-        now = time.monotonic()
+        now = self._now()
         for _ in range(SLICE):
             if self._urgent:
                 stream = self._urgent.popleft()
@@ -290,7 +320,7 @@ class Front:
 
     def _look_after_clients(self) -> None:
         """Ask, in turn, whether the client of a job is still there."""
-        now = time.monotonic()
+        now = self._now()
         while self._jobs and now >= self._next_check:
             job = self._jobs.popleft()
             if not self._is_alive(job):
@@ -300,7 +330,7 @@ class Front:
                 self._cancel(job)
             if self._is_alive(job):
                 self._jobs.append(job)
-            now = time.monotonic()
+            now = self._now()
             self._next_check = now + max(CHECK_SECONDS / (len(self._jobs) or 1), 1 / CHECKS_PER_SECOND)
 
     def _is_alive(self, job: Job) -> bool:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from roundhouse.engine import checks
-from roundhouse.engine.protocol import EngineInfo, Feature, Guide, Request, Retention, Sampling
+from roundhouse.engine.base import RequestError
+from roundhouse.engine.protocol import EngineInfo, ErrorCode, Feature, Guide, Request, Retention, Sampling
 from roundhouse.text.stop_words import decode_word_list, embedding_bias, word_ids
 from roundhouse.text.tokenizer import Tokenizer
 from roundhouse.triton import extras
@@ -70,6 +71,8 @@ def from_text(
     if fields.integer("num_draft_tokens"):
         reason = "the server drafts by itself where its deployment has `speculative`; leave it out"
         refuse_feature(fields.label("num_draft_tokens"), info.lacks.get(Feature.DRAFT_TOKENS, reason))
+    if Feature.LOGIT_BIAS in info.lacks and any(fields.strings("embedding_bias_words")):
+        extras.refuse_lacking(fields, "embedding_bias_words", Feature.LOGIT_BIAS, info)
     prompt = tokenizer.encode(text, add_special_tokens=special_tokens)
     bias = biased_words(fields, tokenizer, info.vocab_size)
     return _generation(
@@ -104,7 +107,7 @@ def from_tokens(fields: Fields, tokenizer: Tokenizer, info: EngineInfo, *, ensem
     return _generation(
         fields,
         info,
-        prompt=_prompt_ids(fields, info.max_seq_len),
+        prompt=_prompt_ids(fields, info.max_seq_len, sent="text_input" if ensemble else "input_lengths"),
         end_ids=_end_ids(fields, tokenizer if ensemble else None, info, absent=()),
         stop_words=_word_list(fields, "stop_words"),
         bad_words=_word_list(fields, "bad_words"),
@@ -133,21 +136,14 @@ def prompt_text(fields: Fields, name: str, tokenizer: Tokenizer, max_seq_len: in
 
 def words_of(fields: Fields, name: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """Token ids of each word of a list of strings; empty words are skipped. Raises RequestError."""
-    words = fields.strings(name)
-    if len(words) > MAX_WORDS:
-        refuse(f"{fields.label(name)}: has {len(words)} words; at most {MAX_WORDS} are allowed")
-    if (characters := sum(map(len, words))) > MAX_WORD_CHARACTERS:
-        refuse(f"{fields.label(name)}: has {characters} characters; at most {MAX_WORD_CHARACTERS} are allowed")
-    return [ids for word in words if (ids := word_ids(word, tokenizer))]
+    return [ids for word in _words(fields, name) if (ids := word_ids(word, tokenizer))]
 
 
 def biased_words(fields: Fields, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     """Logit bias FP32 `[vocab_size]` of embedding_bias_words and _weights, `[0]` without. Raises RequestError."""
-    words = fields.strings("embedding_bias_words")
+    words = _words(fields, "embedding_bias_words")
     array = fields.array("embedding_bias_weights")
     weights = [] if array is None else array.reshape(-1).tolist()
-    if len(words) > MAX_WORDS:
-        refuse(f"{fields.label('embedding_bias_words')}: has {len(words)} words; at most {MAX_WORDS} are allowed")
     if words == [""] and not weights:
         words = []
     if not np.isfinite(weights).all():
@@ -156,6 +152,30 @@ def biased_words(fields: Fields, tokenizer: Tokenizer, vocab_size: int) -> np.nd
         return embedding_bias(words, weights, tokenizer, vocab_size)
     except ValueError as error:
         refuse(str(error))
+
+
+def _words(fields: Fields, name: str) -> list[str]:
+    """A list of words, no longer than takes a moment to tokenise. Raises RequestError."""
+    words = fields.strings(name)
+    if len(words) > MAX_WORDS:
+        refuse(f"{fields.label(name)}: has {len(words)} words; at most {MAX_WORDS} are allowed")
+    if (characters := sum(map(len, words))) > MAX_WORD_CHARACTERS:
+        refuse(f"{fields.label(name)}: has {characters} characters; at most {MAX_WORD_CHARACTERS} are allowed")
+    return words
+
+
+def check_room(generations: Sequence[Generation | None], info: EngineInfo) -> None:
+    """Raises RequestError if one client request has more sequences than the engine can hold.
+
+    Before they are opened: that many take the front's time from all others, only to be refused by the engine.
+    """
+    sequences = sum(generation.sequences for generation in generations if generation is not None)
+    if sequences > info.max_batch_size + info.max_queue:
+        raise RequestError(
+            ErrorCode.QUEUE_FULL,
+            f"Exceeds maximum queue size of {info.max_queue} waiting requests: it asks for {sequences} sequences, and "
+            f"{info.max_batch_size} can run; ask for fewer, or raise limits.queue of the deployment",
+        )
 
 
 def _generation(
@@ -212,16 +232,19 @@ def _generation(
 
 
 def _sampling(fields: Fields, bad_words: list[list[int]], bias: dict[int, float]) -> Sampling:
-    top_p = fields.number("top_p")
     temperature = fields.number("temperature")
-    if temperature is None and fields.integer("top_k") is None and top_p is None:
+    top_k = fields.integer("top_k") or 0
+    top_p = fields.number("top_p")
+    if top_p is not None and top_p <= 0:
+        top_p = None  # the contract's: it counts as unset, as a top_k of 0 does
+    if temperature is None and not top_k and top_p is None:
         temperature = 0.0  # TensorRT-LLM's default: who asks for no sampling gets none
     repetition = fields.number("repetition_penalty")
     fields.number("length_penalty")  # beams only; checked so that nonsense is not swallowed
     return Sampling(
         temperature=1.0 if temperature is None else temperature,
-        top_k=fields.integer("top_k") or 0,
-        top_p=top_p if top_p is not None and top_p > 0 else 1.0,
+        top_k=top_k,
+        top_p=1.0 if top_p is None else top_p,
         repetition_penalty=1.0 if repetition is None else repetition,
         presence_penalty=fields.number("presence_penalty") or 0.0,
         frequency_penalty=fields.number("frequency_penalty") or 0.0,
@@ -274,7 +297,8 @@ def _end_ids(
     return (end_id,) if 0 <= end_id < info.vocab_size else ()
 
 
-def _prompt_ids(fields: Fields, max_seq_len: int) -> list[int]:
+def _prompt_ids(fields: Fields, max_seq_len: int, *, sent: str) -> list[int]:
+    """`sent`: the input by which the client has sent a prompt that is too long."""
     array = fields.array("input_ids")
     if array is None:
         refuse("input_ids: missing or empty; send the token ids of the prompt, at least one")
@@ -286,7 +310,7 @@ def _prompt_ids(fields: Fields, max_seq_len: int) -> list[int]:
             f"input_lengths: {length} is not allowed; input_ids has {array.size} ids, so it must be 1 to {array.size}"
         )
     if length > max_seq_len:  # before it takes the memory of so many Python integers
-        refuse(f"input_lengths: {length} ids cannot fit into max_seq_len {max_seq_len} tokens; shorten the prompt")
+        refuse(f"{sent}: the prompt's {length} tokens do not fit into max_seq_len {max_seq_len}; shorten the prompt")
     ids: list[int] = array.reshape(-1)[:length].tolist()
     return ids
 

@@ -20,14 +20,15 @@ from roundhouse.engine.runtime import DRAINING, OUTLIVE_SECONDS, runtime_dir, se
 from roundhouse.text.detokenize import Detokenizer
 from roundhouse.text.tokenizer import NOT_HASTENED, Tokenizer
 from roundhouse.triton import backend
-from roundhouse.triton.fields import Array, Fields, batch_of, refuse, timeout_of
+from roundhouse.triton.fields import Array, Fields, batch_of, deadline_of, refuse, timeout_of
 from roundhouse.triton.front import Front
-from roundhouse.triton.generation import Generation
+from roundhouse.triton.generation import Generation, check_room
 from roundhouse.triton.metrics import Metrics
 from roundhouse.triton.stream import Form, Job
 
 STOPPING = "the server is stopping and takes no new requests; send it to another server, or again in a while"
-NOT_DECOUPLED = "Streaming is only supported if model is deployed using decoupled mode."
+DECOUPLE = "Set serving.decoupled of the deployment to true."
+NOT_DECOUPLED = f"Streaming is only supported if model is deployed using decoupled mode. {DECOUPLE}"  # upstream's words
 
 
 class Settings:
@@ -155,11 +156,12 @@ class StreamingModel:
                     raise
                 generations.append(None)
                 errors.append(Error(error.code, f"prompt {index} of the batch: {error.message}"))
+        check_room(generations, self.info)
         for number, refused in enumerate(errors, start=1):
             self.metrics.rejected()
             sender.fail(refused, final=number == len(batch))
         if len(errors) < len(batch):
-            deadline_ns = arrival_ns + 1000 * timeout if timeout else 0
+            deadline_ns = deadline_of(arrival_ns, timeout)
             self.front.submit(Job(generations, sender, form, arrival_ns, request.request_id(), deadline_ns))
 
     def _checked(self, fields: Fields, form: Form) -> Generation:
@@ -167,7 +169,7 @@ class StreamingModel:
             if fields.flag("stream"):
                 refuse(f"{fields.label('stream')}: {NOT_DECOUPLED}")
             if (fields.integer("num_return_sequences") or 1) > 1:
-                refuse("num_return_sequences: more than 1 needs a model that is deployed using decoupled mode")
+                refuse(f"num_return_sequences: more than 1 needs a model deployed using decoupled mode. {DECOUPLE}")
         return self.parse(fields, form)
 
     def handle_stop(self, tensors: Mapping[str, Array], request: Any, sender: backend.TritonSender) -> bool:

@@ -26,6 +26,8 @@ from roundhouse.triton.model import Settings
 ASK_SECONDS = 0.3  # no stream is asked for more often,
 ASKS_PER_SECOND = 100  # and all together no more often than this
 MAX_ASKED = 10_000  # streams; those whose last chunk never came are forgotten beyond it
+# Values of one call: some tenths of a second, for which all streams wait. Ids are more than any context has.
+MOST = {"TOKENS_BATCH": 1 << 20, "SEQUENCE_LENGTH": 1 << 14, "CHUNK": 1 << 20}
 
 
 class TritonPythonModel:
@@ -45,6 +47,7 @@ class TritonPythonModel:
     def _answer(self, request: Any) -> Any:
         try:
             tensors = backend.inputs(request)
+            check_sizes(tensors)
             if "CHUNK" not in tensors:
                 return backend.response({"OUTPUT": self._texts(tensors)})
             if tensors["CHUNK"].size < 4:
@@ -97,6 +100,13 @@ class TritonPythonModel:
         if not 0 <= length <= len(ids):
             refuse(f"SEQUENCE_LENGTH: {length} is not allowed; TOKENS_BATCH has {len(ids)} ids a sequence")
         return self._detokenizer.text(_counted("TOKENS_BATCH", ids[:length]))
+
+
+def check_sizes(tensors: Mapping[str, Array]) -> None:
+    """Raises RequestError."""
+    for name, array in tensors.items():
+        if array.size > MOST[name]:
+            refuse(f"{name}: has {array.size} values; at most {MOST[name]} are allowed; split them into several calls")
 
 
 def _counted(name: str, ids: list[int]) -> list[int]:

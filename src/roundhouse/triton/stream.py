@@ -72,6 +72,7 @@ class Stream:
         batch_index: int,
         sequence_index: int,
         text: Detokenizer,
+        stop_words: StopMatcher | None,
     ) -> None:
         self.front = front
         self.id = id
@@ -94,9 +95,7 @@ class Stream:
         self._pending_log_probs: list[float] = []
         self._cum_log_prob = 0.0
         self._window: list[int] = []
-        words = generation.stop_words
-        minimum = generation.request.sampling.min_tokens
-        self._stop_words = StopMatcher(words, text, minimum) if words else None
+        self._stop_words = stop_words
 
     @property
     def last(self) -> bool:
