@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
 from pydantic import ValidationError
 
 from roundhouse.engine.protocol import EngineInfo, Feature
@@ -202,6 +203,29 @@ def test_arguments_of_earlier_calls_become_objects() -> None:
     call["function"] = {"name": "f", "arguments": "{"}
     body = Chat.model_validate({"model": "m", "messages": [{"role": "assistant", "tool_calls": [call]}]})
     refused(400, "messages", chat.plain, body.messages[0])
+
+
+@pytest.mark.parametrize("annotations", [None, []])
+def test_an_answer_of_the_sdk_goes_back_as_it_came(annotations: Any) -> None:
+    answer = ChatCompletionMessage(role="assistant", content="hello", annotations=annotations)
+    body = Chat.model_validate({"model": "m", "messages": [*USER, answer.model_dump()]})
+    assert chat.plain(body.messages[1]) == {"role": "assistant", "content": "hello"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "code"),
+    [
+        ("audio", {"id": "a"}, "unsupported_value"),
+        ("function_call", {"name": "f", "arguments": "{}"}, "unsupported_value"),
+        ("annotations", [{"type": "url_citation"}], "invalid_value"),
+    ],
+)
+def test_what_an_answer_here_never_has_is_refused(field: str, value: Any, code: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Chat.model_validate({"model": "m", "messages": [{"role": "assistant", "content": "hello", field: value}]})
+    error = errors.of_validation(caught.value.errors())
+    assert (error.status, error.param, error.code) == (400, "messages", code)
+    assert f"'messages[0].{field}'" in error.message
 
 
 def test_guides_need_an_engine_that_can(tokenizer: Tokenizer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 from pathlib import Path
@@ -14,6 +15,8 @@ from roundhouse.deployment import OpenAi
 from roundhouse.engine import runtime
 from roundhouse.engine.runtime import ServerRecord
 from roundhouse.openai import guard
+from roundhouse.openai.app import create
+from roundhouse.openai.errors import ApiError
 from roundhouse.openai.guard import Guard, api_keys
 from roundhouse.openai.server import DoorError, find_server, same_address
 
@@ -76,12 +79,32 @@ class Hall:
     def __init__(self, **section: Any) -> None:
         self.open = 0
         self.responses: list[tuple[str, int]] = []
+        self.refusals = 0
         self.metrics = self
         self.deployment = self
         self.openai_section = OpenAi(**section)
 
     def responded(self, path: str, status: int) -> None:
         self.responses.append((path, status))
+
+    def rejected(self) -> None:
+        self.refusals += 1
+
+
+def visit(app: Any, path: str = "/v1/completions") -> list[dict[str, Any]]:
+    """What a client of `app` is sent."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b'{"model": "tiny", "prompt": "a"}'}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+    asyncio.run(app(scope, receive, send))
+    return sent
 
 
 def test_a_client_that_leaves_before_its_answer_is_499(caplog: pytest.LogCaptureFixture) -> None:
@@ -101,3 +124,61 @@ def test_a_client_that_leaves_before_its_answer_is_499(caplog: pytest.LogCapture
     assert hall.responses == [("unknown", 499)]
     assert hall.open == 0
     assert " 499 " in caplog.text
+
+
+def test_a_bug_is_told_logged_and_counted_as_500(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Hall):
+        models = ("tiny",)
+        joined = None
+
+        def check_model(self, name: str) -> None:
+            raise ZeroDivisionError("of a prompt")
+
+    hall: Any = Broken()
+    with caplog.at_level(logging.INFO, "roundhouse.openai.access"):
+        start, body = visit(create(hall))
+    assert start["status"] == 500
+    request_id = dict(start["headers"])[b"x-request-id"].decode()
+    assert json.loads(body["body"])["error"]["code"] == "internal_error"
+    assert hall.responses == [("/v1/completions", 500)]
+    assert hall.open == hall.refusals == 0
+    bug, line = caplog.messages
+    assert f"/v1/completions id={request_id} unexpected error: ZeroDivisionError at test_server.py" in bug
+    assert "of a prompt" not in bug
+    assert " 500 " in line
+
+
+def test_a_bug_in_the_middle_of_an_answer_breaks_it_off() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        raise ZeroDivisionError
+
+    hall: Any = Hall()
+    with pytest.raises(ZeroDivisionError):
+        visit(Guard(app, hall))
+    assert hall.responses == [("unknown", 200)]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "answered", "refusals"),
+    [
+        ("/v1/completions", 400, False, 1),
+        ("/v1/chat/completions", 404, False, 1),  # the model
+        ("/v1/chat/completions", 422, False, 1),
+        ("/v1/completions", 413, False, 1),
+        ("/v1/completions", 400, True, 0),  # by the engine: counted as its answer closes
+        ("/v1/completions", 405, False, 0),
+        ("/v1/completions", 503, False, 0),
+        ("/v1/models/x", 404, False, 0),
+        ("/tokenize", 400, False, 0),
+    ],
+)
+def test_prompts_that_the_door_refuses_are_counted(path: str, status: int, answered: bool, refusals: int) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if answered:
+            scope["state"]["tokens"] = (1, 0)
+        await ApiError(status, "no").response()(scope, receive, send)
+
+    hall: Any = Hall()
+    visit(Guard(app, hall), path)
+    assert hall.refusals == refusals

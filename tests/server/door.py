@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Door:
     url: str
     log: Path
 
-    @property
+    @cached_property
     def sdk(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
 
@@ -58,5 +59,6 @@ def opened(server: Server, log: Path) -> Iterator[Door]:
         until(door.ready, 60, f"the front door is open\n{log.read_text()}")
         yield door
     finally:
+        door.sdk.close()
         process.terminate()
         assert process.wait(timeout=30) == 0, log.read_text()

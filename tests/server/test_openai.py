@@ -258,23 +258,37 @@ def test_ids_and_traces_come_back_and_are_logged_without_prompts(door: Door) -> 
     )
 
 
-def test_one_page_has_the_metrics_of_the_server_and_of_all_workers(door: Door, local_cpu: Server) -> None:
-    def page() -> dict[str, float]:
-        text = door.get("/metrics").text
-        list(text_string_to_metric_families(text))  # it parses
-        lines = [line for line in text.splitlines() if not line.startswith("#")]
-        assert len(lines) == len({line.rpartition(" ")[0] for line in lines})
-        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+def page(door: Door) -> dict[str, float]:
+    """The metrics, by name and labels."""
+    text = door.get("/metrics").text
+    list(text_string_to_metric_families(text))  # it parses
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert len(lines) == len({line.rpartition(" ")[0] for line in lines})
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
+
+def test_one_page_has_the_metrics_of_the_server_and_of_all_workers(door: Door, local_cpu: Server) -> None:
     name = 'roundhouse_generated_tokens_total{model="openai",version="1"}'
-    before = page()
+    before = page(door)
     for _ in range(6):  # new connections: they reach both workers
         door.post("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 5, "ignore_eos": True})
-    after = page()
+    after = page(door)
     assert after[name] - before[name] == 30
     assert set(client.metrics(local_cpu)) <= set(after)
     counted = 'roundhouse_openai_responses_total{path="/v1/completions",status="200"}'
-    assert after[counted] - before[counted] == 6
+    assert after[counted] - before.get(counted, 0) == 6
+
+
+def test_refused_prompts_are_counted_once(door: Door) -> None:
+    name = 'roundhouse_rejected_total{model="openai",version="1"}'
+    before = page(door)[name]
+    body = {"model": "tiny", "prompt": "a"}
+    bad = [{**body, "temperature": 9}, {**body, "model": "x"}, {**body, "max_tokens": 9999}, {**body, "stop": 1}, []]
+    statuses = [door.post("/v1/completions", wrong).status_code for wrong in bad]
+    statuses.append(door.post("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "tool"}]}).status_code)
+    assert statuses == [400, 404, 400, 400, 400, 422]
+    assert [door.post("/tokenize", {"tokens": 1}).status_code, door.get("/v1/nothing").status_code] == [400, 404]
+    until(lambda: page(door)[name] - before == len(statuses), 2, "all are counted")
 
 
 def test_what_the_command_lacks_is_told(local_cpu: Server, tmp_path: Path) -> None:

@@ -236,11 +236,6 @@ def _add_error_handlers(app: FastAPI) -> None:
             case _:
                 return ApiError(error.status_code, str(error.detail)).response()
 
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        message = "The server had an error while processing your request; its log says more."
-        return ApiError(500, message, code="internal_error").response()
-
 
 async def _worked_out(request: Request, work: Callable[[], T]) -> T:
     """What `work` returns; on a thread if the body is large."""

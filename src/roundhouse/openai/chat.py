@@ -57,7 +57,7 @@ def plain(message: Message) -> dict[str, Any]:
     """A message for a template: text instead of parts, arguments of calls as objects, the older name of `developer`."""
     content = message.content
     text = content if isinstance(content, str) else "\n".join(part.text for part in content or ())
-    result = message.model_dump(exclude_none=True, exclude={"content", "tool_calls"}) | {"content": text}
+    result = message.model_dump(exclude_none=True, exclude={"content", "tool_calls", "annotations"}) | {"content": text}
     if message.role == "developer":
         result["role"] = "system"
     if message.tool_calls:

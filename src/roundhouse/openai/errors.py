@@ -85,6 +85,9 @@ def of_validation(errors: Iterable[ErrorDetails] | Iterable[Mapping[str, Any]]) 
             return ApiError(400, message, param=_path(location), code="missing_required_parameter")
         case "value_error":
             return ApiError(400, str(error["ctx"]["error"]), param=param, code="invalid_value")
+        case "none_required":
+            message = f"{where} is not supported here: leave it out, or send null."
+            return ApiError(400, message, param=param, code="unsupported_value")
         case _ if not location:
             return ApiError(400, "The body must be a JSON object, sent with Content-Type: application/json.")
         case _:

@@ -1,5 +1,8 @@
 """What every request passes: its id, the API key, the size limit, the access log, and the trace that it belongs to.
 
+What goes wrong in an endpoint by a bug is answered here, too: Starlette's handler for it is further out, where neither
+the log nor the metrics would learn of its answer.
+
 Plain ASGI, since Starlette's BaseHTTPMiddleware would copy each event of a stream.
 """
 
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from roundhouse.bugs import described
 from roundhouse.openai.errors import CLIENT_CLOSED, ApiError
 
 if TYPE_CHECKING:
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
 
 API_KEY = "ROUNDHOUSE_API_KEY"  # environment
 OPEN_PATHS = ("/health", "/ready", "/metrics", "/openapi.json")  # for probes and scrapers: no key needed
+PROMPT_PATHS = ("/v1/completions", "/v1/chat/completions")
+REFUSED = (400, 404, 413, 422)  # what the door itself says of a prompt that it does not take
+BUG = "The server had an error while processing your request; its log says more."
 REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 TRACE_PARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context
 log = logging.getLogger("roundhouse.openai.access")
@@ -86,7 +93,13 @@ class Guard:
         async def replay() -> Message:
             return first.pop() if first else await receive()
 
-        await self._app(scope, replay, send)
+        try:
+            await self._app(scope, replay, send)
+        except Exception as error:
+            if visit.status != CLIENT_CLOSED:
+                raise  # an answer has begun: all that is left is to break it off
+            log.error("%s id=%s unexpected error: %s", visit.route, visit.request_id, described(error))
+            await ApiError(500, BUG, code="internal_error").response()(scope, receive, send)
 
     def _check_key(self, visit: Visit) -> None:
         if not self._keys or visit.scope["path"] in OPEN_PATHS:
@@ -122,10 +135,12 @@ class Guard:
         return ApiError(413, message, code="request_too_large")
 
     def _tell(self, visit: Visit) -> None:
-        self._door.metrics.responded(visit.route, visit.status)
+        scope, metrics = visit.scope, self._door.metrics
+        metrics.responded(visit.route, visit.status)
+        if visit.status in REFUSED and scope["path"] in PROMPT_PATHS and "tokens" not in scope["state"]:
+            metrics.rejected()  # an answer has tokens, if only 0: what the engine refuses is counted as it closes
         if not self._access_log or (visit.route in OPEN_PATHS and visit.status == 200):
             return
-        scope = visit.scope
         prompt, generated = scope["state"].get("tokens", (0, 0))
         milliseconds = 1e3 * (time.monotonic() - visit.started)
         log.info(

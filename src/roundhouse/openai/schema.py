@@ -114,6 +114,11 @@ class Message(Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
+    # What OpenAI's SDK writes into the answers that it has got. Taken while there is nothing in them, and ignored.
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+
 
 class Function(Body):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
