@@ -195,7 +195,8 @@ class Server:
 
     def tell_ready(self) -> None:
         """Let the ready file say whether requests are taken. To be called a few times a second."""
-        self._ready_file.set(self._engine.serving())
+        with suppress(OSError):  # a full disk must end no server; the next call tries again
+            self._ready_file.set(self._engine.serving())
 
     def ended(self, seconds: float = 0.0) -> bool:
         """Whether Triton, or the OpenAI front door, has ended by itself; Triton gets so many seconds to do so."""
