@@ -18,6 +18,7 @@ from tests.server.conftest import Server
 
 pytestmark = pytest.mark.server
 Examine = Callable[..., Examiner]
+TRITONS = 3
 
 
 def idle(server: Any) -> bool:
@@ -46,12 +47,19 @@ def stubs(server: Server, model: str) -> list[psutil.Process]:
     return [process for process in found if f"/{model}/1/model.py" in " ".join(process.cmdline())]
 
 
-def test_random_cancels_and_sizes(shared: Server, examiner: Examine) -> None:
-    tally = asyncio.run(examiner(shared, clients=48, cancelled=0.4).run(for_seconds(6)))
-    right(tally)
+def test_random_cancels_and_sizes(start: Start, examiner: Examine) -> None:
+    """On a server of its own, and on another if Triton 2.51 crashes, as it can where clients cancel."""
+    for _ in range(TRITONS):
+        server = start("--log-verbose")
+        tally = asyncio.run(examiner(server, clients=48, cancelled=0.4).run(for_seconds(6)))
+        right(tally)
+        if tally.failed == 0:
+            break
+        assert server.process.wait(timeout=10) == 1, tally.errors
+        assert "tritonserver was ended by SIG" in server.log.read_text()
     assert tally.failed == 0, tally.errors
     assert tally.cancelled > 20
-    until(lambda: idle(shared), 4, "idle")
+    until(lambda: idle(server), 4, "idle")
 
 
 def test_the_engine_is_killed_again_and_again(shared: Server, examiner: Examine) -> None:
