@@ -69,9 +69,12 @@ def test_the_distribution_is_that_of_the_reference(sampling: Sampling, warpers: 
     tokens, _ = new_sampler(DRAWS).choose(repeated(logits, DRAWS), sequences(DRAWS, sampling))
     counts = np.bincount(tokens, minlength=VOCAB_SIZE)
     assert not counts[expected == 0].any()
-    kept = expected > 0
-    chi_squared = ((counts[kept] - DRAWS * expected[kept]) ** 2 / (DRAWS * expected[kept])).sum()
-    assert chi_squared < 2.5 * kept.sum() + 15  # the mean is the number of tokens kept; this is many sigmas above
+    wanted = DRAWS * expected
+    rare = wanted < 5  # one draw of a very rare token would outweigh all others: they count as one
+    drawn, wanted = (np.append(values[~rare], values[rare].sum()) for values in (counts, wanted))
+    drawn, wanted = drawn[wanted > 1], wanted[wanted > 1]
+    chi_squared = ((drawn - wanted) ** 2 / wanted).sum()
+    assert chi_squared < 2.5 * len(wanted) + 15  # the mean is the number of classes; this is many sigmas above
 
 
 @pytest.mark.parametrize("seed", range(20))
