@@ -50,6 +50,13 @@ def test_the_ready_file_is_there_while_it_is_so(tmp_path: Path) -> None:
     for ready in (True, True, False, False):
         file.set(ready)
         assert path.exists() is ready
+    (tmp_path / "gone").mkdir()
+    lost = ReadyFile(tmp_path / "gone/ready")
+    (tmp_path / "gone").rmdir()
+    lost.set(True)  # and the server goes on
+    (tmp_path / "gone").mkdir()
+    lost.set(True)
+    assert (tmp_path / "gone/ready").exists()
     with pytest.raises(ServeError, match="name a file in a folder that exists"):
         ReadyFile(tmp_path / "nowhere/ready")
     ReadyFile(None).set(True)

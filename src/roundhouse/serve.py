@@ -99,12 +99,18 @@ class ReadyFile:
         self._path = path
         self._exists = False
         try:
-            self.set(True)
-            self.set(False)
+            self._write(True)
+            self._write(False)
         except OSError as error:
             raise ServeError(f"--ready-file {path}: {error.strerror}; name a file in a folder that exists") from error
 
     def set(self, ready: bool) -> None:
+        """A full disk, or one that cannot be written, keeps no server from serving or draining; the next call tries
+        again."""
+        with suppress(OSError):
+            self._write(ready)
+
+    def _write(self, ready: bool) -> None:
         if self._path is not None and ready != self._exists:
             if ready:
                 self._path.touch()
@@ -195,8 +201,7 @@ class Server:
 
     def tell_ready(self) -> None:
         """Let the ready file say whether requests are taken. To be called a few times a second."""
-        with suppress(OSError):  # a full disk must end no server; the next call tries again
-            self._ready_file.set(self._engine.serving())
+        self._ready_file.set(self._engine.serving())
 
     def ended(self, seconds: float = 0.0) -> bool:
         """Whether Triton, or the OpenAI front door, has ended by itself; Triton gets so many seconds to do so."""

@@ -51,21 +51,18 @@ def test_completions_count_as_the_server_counts() -> None:
     assert (trace.times, trace.tokens) == ([1, 2, 3], [1, 1, 5])
 
 
-def test_a_completion_lasts_until_it_says_why_it_ended() -> None:
-    """Its last tokens may have no text; they came with that chunk, not with the last text."""
+@pytest.mark.parametrize(
+    ("count", "times", "tokens"),
+    [(7, [1, 2, 9], [1, 1, 5]), (2, [1, 2], [1, 1])],
+    ids=["its last tokens have no text", "its end is no token"],
+)
+def test_a_completion_lasts_until_its_last_token(count: int, times: list[int], tokens: list[int]) -> None:
+    """That may have come with the chunk that says why it ended, and not with the last text."""
     trace = Trace("any", 3, 0, 0)
     for at, text, reason in ((1, "a", None), (2, "b", None), (9, "", "length")):
         wire.note_completed(trace, {"choices": [{"text": text, "finish_reason": reason}]}, at)
-    wire.note_completed(trace, {"choices": [], "usage": {"completion_tokens": 7}}, 10)
-    assert (trace.times, trace.tokens) == ([1, 2, 9], [1, 1, 5])
-
-
-def test_an_end_without_a_token_is_no_response() -> None:
-    trace = Trace("any", 3, 0, 0)
-    for at, text, reason in ((1, "a", None), (2, "b", None), (9, "", "length")):
-        wire.note_completed(trace, {"choices": [{"text": text, "finish_reason": reason}]}, at)
-    wire.note_completed(trace, {"choices": [], "usage": {"completion_tokens": 2}}, 10)
-    assert (trace.times, trace.tokens) == ([1, 2], [1, 1])
+    wire.note_completed(trace, {"choices": [], "usage": {"completion_tokens": count}}, 10)
+    assert (trace.times, trace.tokens) == (times, tokens)
 
 
 def test_who_goes_away_after_some_tokens_has_them_counted_on_the_way() -> None:

@@ -548,7 +548,7 @@ def test_finished_jobs_do_not_gather(front: Front, client: QueueClient) -> None:
         front.submit(made)
         senders.append(sender)
     assert all(sender.finished.wait(10) for sender in senders)
-    until(lambda: not front._jobs, 5.0)
+    until(lambda: not front._jobs, 1.0)
 
 
 def test_stream_ids_cannot_be_guessed(front: Front, client: QueueClient) -> None:

@@ -132,8 +132,8 @@ class EngineClient:
         if not self.connected or self._connection is None:
             self._failed += [Output(id=request.id, tokens=[], error=_unavailable(DOWN)) for request in requests]
             return
+        self._connection.send(Submit(list(requests)))  # or none of them is open
         self._open.update(request.id for request in requests)
-        self._connection.send(Submit(list(requests)))
 
     def cancel(self, ids: Sequence[int]) -> None:
         live = [id for id in ids if id in self._open]
